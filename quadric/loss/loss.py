@@ -1,0 +1,83 @@
+"""Losses: a sum over frames, its curvature in output space, and how many frames it summed.
+
+A loss never takes a mean. Sums are divided once, by the global number of frames, where all the data is known:
+in the `Objective`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+PADDING = -1
+"""The target of a frame that does not count."""
+
+
+class Loss(nn.Module):
+    """A loss of a model's output, summed over frames.
+
+    To add one, write ``forward``, ``weight`` and, for second-order training, ``curvature``.
+    """
+
+    def forward(self, output: Tensor, target: Any) -> Tensor:
+        """The sum of the loss over all frames, a scalar."""
+        raise NotImplementedError
+
+    def weight(self, target: Any) -> Tensor:
+        """The number of frames that count, a scalar."""
+        raise NotImplementedError
+
+    def curvature(self, output: Tensor, target: Any, v: Tensor) -> Tensor:
+        """The product of the loss's Hessian with respect to ``output`` with ``v``, in the shape of ``output``."""
+        raise NotImplementedError(
+            f"{type(self).__name__} has no curvature in output space: train it with a first-order optimiser"
+        )
+
+
+class CrossEntropy(Loss):
+    """Softmax cross-entropy of logits against class indices; frames of target -1 do not count.
+
+    Its Hessian per frame is diag(p) - p p', which is also the Fisher matrix of the softmax.
+
+    >>> loss = CrossEntropy()
+    >>> float(loss(torch.zeros(1, 3, 4), torch.tensor([[0, 1, -1]]))) / 2 == torch.log(torch.tensor(4.0)).item()
+    True
+    """
+
+    def forward(self, output: Float[Tensor, "*B C"], target: Int[Tensor, "*B"]) -> Tensor:
+        logits = output.reshape(-1, output.shape[-1])
+        return functional.cross_entropy(
+            logits.to(torch.promote_types(logits.dtype, torch.float32)),
+            target.reshape(-1),
+            ignore_index=PADDING,
+            reduction="sum",
+        )
+
+    def weight(self, target: Int[Tensor, "*B"]) -> Tensor:
+        return (target != PADDING).sum()
+
+    def curvature(
+        self, output: Float[Tensor, "*B C"], target: Int[Tensor, "*B"], v: Float[Tensor, "*B C"]
+    ) -> Float[Tensor, "*B C"]:
+        p = torch.softmax(output, -1)
+        product = p * (v - (p * v).sum(-1, keepdim=True))
+        return product * (target != PADDING).unsqueeze(-1)
+
+
+class SquaredError(Loss):
+    """1/2 ||output - target||^2 for every leading index; the Hessian is the identity."""
+
+    def forward(self, output: Float[Tensor, "*B C"], target: Float[Tensor, "*B C"]) -> Tensor:
+        return 0.5 * (output - target).square().sum()
+
+    def weight(self, target: Float[Tensor, "*B C"]) -> Tensor:
+        return torch.tensor(target[..., 0].numel())
+
+    def curvature(
+        self, output: Float[Tensor, "*B C"], target: Float[Tensor, "*B C"], v: Float[Tensor, "*B C"]
+    ) -> Float[Tensor, "*B C"]:
+        return v

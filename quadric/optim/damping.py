@@ -1,0 +1,63 @@
+"""Damping: how far the quadratic model is trusted."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+
+class Damping(ABC):
+    """The rule by which lambda follows the model's success.
+
+    ``initial`` is the lambda of the first step.
+    """
+
+    initial: float
+
+    @abstractmethod
+    def update(self, value: float, ratio: float) -> float:
+        """The next lambda.
+
+        Args:
+            value: the present lambda.
+            ratio: actual over predicted reduction, (f(theta + d) - f(theta)) / q(d); positive when both fell. NaN or
+                minus infinity for a rejected step.
+        """
+
+
+@dataclass(frozen=True)
+class LevenbergMarquardt(Damping):
+    """Martens (2010), section 4.1: lambda grows by ``boost`` where ratio < ``low``, shrinks by ``drop`` above ``high``.
+
+    The listing of Kingsbury et al. (2012) has the two factors the other way round, with a ratio of the opposite sign.
+    """
+
+    initial: float = 1.0
+    boost: float = 3 / 2
+    drop: float = 2 / 3
+    low: float = 1 / 4
+    high: float = 3 / 4
+    minimum: float = 1e-8
+    maximum: float = 1e8
+
+    def __post_init__(self) -> None:
+        if not self.initial > 0:
+            raise ValueError(f"initial={self.initial}: damping must be positive; for none, use Fixed(0.0)")
+        if not self.boost > 1 > self.drop > 0:
+            raise ValueError(f"boost={self.boost}, drop={self.drop}: need boost > 1 > drop > 0")
+
+    def update(self, value: float, ratio: float) -> float:
+        if not ratio >= self.low or math.isnan(ratio):
+            return min(value * self.boost, self.maximum)
+        return max(value * self.drop, self.minimum) if ratio > self.high else value
+
+
+@dataclass(frozen=True)
+class Fixed(Damping):
+    """Always the same lambda."""
+
+    initial: float = 0.0
+
+    def update(self, value: float, ratio: float) -> float:
+        return value

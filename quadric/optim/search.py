@@ -1,0 +1,95 @@
+"""Searches: which point of a proposed path to step to."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from quadric.linalg.krylov import Path, dot
+from quadric.optim.descent import LocalModel
+
+Value = Callable[[Float[Tensor, " n"]], float]
+"""The objective's value at a parameter vector."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A chosen step.
+
+    Attributes:
+        direction: d, already scaled.
+        value: f(theta + d).
+        model: the damped q of the path's point, before scaling.
+        point: index of the path's point the step comes from.
+        scale: what the line search multiplied the point by.
+        evaluations: of the objective, spent on the search.
+    """
+
+    direction: Float[Tensor, " n"]
+    value: float
+    model: float
+    point: int
+    scale: float
+    evaluations: int
+
+
+class Search(ABC):
+    """Picks a step from a path, or none."""
+
+    @abstractmethod
+    def select(self, local: LocalModel, path: Path, value: Value) -> Step | None:
+        """The step, or None when nothing on the path lowers the objective."""
+
+
+@dataclass(frozen=True)
+class Backtracking(Search):
+    """From the path's last point backwards while the objective improves; then Armijo's rule on that point.
+
+    Martens (2010), sections 4.6 and 4.7.
+
+    Attributes:
+        sufficient: Armijo's constant: f(theta + a d) <= f(theta) + sufficient * a * g'd.
+        shrink: the factor of a.
+        attempts: halvings at most before the step is rejected.
+    """
+
+    sufficient: float = 1e-2
+    shrink: float = 0.8
+    attempts: int = 60
+
+    def __post_init__(self) -> None:
+        if not 0 < self.shrink < 1:
+            raise ValueError(f"shrink={self.shrink}: a factor between 0 and 1")
+
+    def select(self, local: LocalModel, path: Path, value: Value) -> Step | None:
+        evaluations = 0
+
+        def at(step: Tensor) -> float:
+            nonlocal evaluations
+            evaluations += 1
+            found = value(local.theta + step)
+            return found if math.isfinite(found) else math.inf
+
+        candidates = [(i, p) for i, p in enumerate(path.points) if p.step > 0 or bool(p.x.any())]
+        if not candidates:
+            return None
+        index, point = candidates.pop()
+        best = at(point.x)
+        for earlier, candidate in reversed(candidates):
+            found = at(candidate.x)
+            if found >= best:
+                break
+            index, point, best = earlier, candidate, found
+
+        slope, scale = dot(local.gradient, point.x), 1.0
+        for _ in range(self.attempts):
+            if best <= local.value + self.sufficient * scale * min(slope, 0.0) and best < local.value:
+                return Step(scale * point.x, best, point.model, index, scale, evaluations)
+            scale *= self.shrink
+            best = at(scale * point.x)
+        return None

@@ -1,0 +1,204 @@
+"""The one optimiser shell, and the named methods assembled from parts.
+
+A second-order optimiser is a sentence: a descent proposes a path, a search picks a point on it, a damping rule
+reads how true the model was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from quadric.linalg.krylov import ConjugateGradient, Path, RelativeProgress, dot
+from quadric.objective.objective import Objective
+from quadric.optim.damping import Damping, LevenbergMarquardt
+from quadric.optim.descent import Descent, LocalModel, NewtonCG
+from quadric.optim.search import Backtracking, Search, Step
+from quadric.outcome import Outcome
+from quadric.space import ParameterSpace
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What one second-order step did.
+
+    Attributes:
+        value: the objective before the step, on the step's own data.
+        new_value: after it (the same when the step was rejected).
+        gradient_norm: ||g||.
+        step_norm: ||d||, 0 when rejected.
+        ratio: actual over predicted reduction, (f(theta + d) - f(theta)) / q(d); NaN when rejected.
+        damping: the lambda the step was solved with.
+        solver_steps: curvature products.
+        evaluations: of the objective, by the search.
+        solver: how the solve ended.
+        outcome: how the step ended.
+    """
+
+    value: float
+    new_value: float
+    gradient_norm: float
+    step_norm: float
+    ratio: float
+    damping: float
+    solver_steps: int
+    evaluations: int
+    solver: Outcome
+    outcome: Outcome
+
+    def record(self) -> dict[str, float | int | str]:
+        """Flat numbers and names, for a log."""
+        return {k: v.name.lower() if isinstance(v, Outcome) else v for k, v in asdict(self).items()}
+
+
+class SecondOrder(torch.optim.Optimizer):
+    """A second-order optimiser over all its parameters at once.
+
+    Stepped with an `Objective`: ``optimizer.step(objective)``. Each group's ``lr`` (default 1) multiplies its part of
+    the chosen step, so that schedulers work; none is needed.
+
+    The state is the previous proposal, kept per parameter, and lambda, kept in the first group's ``damping``;
+    ``state_dict`` holds both.
+
+    Args:
+        params: parameters or groups, together exactly the objective's trainable parameters.
+        descent: proposes a path of steps.
+        search: picks one.
+        damping: adapts lambda.
+
+    Attributes:
+        diagnosis: what the last step did.
+    """
+
+    def __init__(self, params: Iterable[Any], *, descent: Descent, search: Search, damping: Damping) -> None:
+        super().__init__(params, {"lr": 1.0, "damping": damping.initial})
+        self.descent, self.search, self.rule = descent, search, damping
+        self.diagnosis: Diagnosis | None = None
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Tensor:  # type: ignore[override]
+        """One step; returns the objective's value before it.
+
+        Raises:
+            ValueError: ``closure`` is not an `Objective`, or one of other parameters than the optimiser's.
+        """
+        objective = self._checked(closure)
+        space, damping = objective.space, float(self.param_groups[0]["damping"])
+        theta = space.point()
+        with torch.enable_grad():
+            value, gradient = objective.value_and_grad(theta)
+            local = LocalModel(theta, value, gradient, objective.gauss_newton(theta))
+        if math.isfinite(value) and bool(gradient.isfinite().all()):
+            path = self.descent.propose(local, damping=damping, x0=self._previous(space))
+        else:
+            path = Path((), Outcome.NON_FINITE)
+        step = self.search.select(local, path, objective.value)
+        ratio = self._ratio(local, step, damping)
+        if step is not None:
+            self._move(space, step.direction)
+        self._remember(space, path.points[-1].x if path.points and step is not None else None)
+        self.param_groups[0]["damping"] = self.rule.update(damping, ratio)
+        self.diagnosis = _diagnose(local, path, step, ratio, damping)
+        return torch.tensor(value, dtype=torch.float64)
+
+    def _checked(self, closure: Any) -> Objective:
+        if not isinstance(closure, Objective):
+            raise ValueError(
+                f"closure={closure!r}: a second-order step needs curvature; call step(objective) with a "
+                "quadric.objective.Objective"
+            )
+        own = {id(p) for group in self.param_groups for p in group["params"] if p.requires_grad}
+        if own != {id(p) for p in closure.space.parameters}:
+            raise ValueError(
+                f"the objective's model has {len(closure.space.parameters)} trainable parameters, the optimiser "
+                f"{len(own)}, and they are not the same tensors: build the optimiser from this model's parameters()"
+            )
+        return closure
+
+    def _ratio(self, local: LocalModel, step: Step | None, damping: float) -> float:
+        """Actual over predicted reduction, the prediction by the undamped model."""
+        if step is None:
+            return math.nan
+        d = step.direction
+        predicted = dot(local.gradient, d) + 0.5 * dot(d, local.curvature @ d)
+        return (step.value - local.value) / predicted if predicted < 0 else math.nan
+
+    def _move(self, space: ParameterSpace, direction: Float[Tensor, " n"]) -> None:
+        rates = {id(p): float(group["lr"]) for group in self.param_groups for p in group["params"]}
+        for parameter, piece in zip(space.parameters, space.split(direction), strict=True):
+            parameter.add_(piece, alpha=rates[id(parameter)])
+
+    def _previous(self, space: ParameterSpace) -> Float[Tensor, " n"] | None:
+        if any("proposal" not in self.state[p] for p in space.parameters):
+            return None
+        return space.flatten(self.state[p]["proposal"] for p in space.parameters)
+
+    def _remember(self, space: ParameterSpace, proposal: Float[Tensor, " n"] | None) -> None:
+        """Keeps the proposal for the next start; after a rejected step the next one starts from zero."""
+        if proposal is None:
+            for parameter in space.parameters:
+                self.state[parameter].pop("proposal", None)
+            return
+        for parameter, piece in zip(space.parameters, space.split(proposal), strict=True):
+            self.state[parameter]["proposal"] = piece.clone()
+
+
+def _diagnose(local: LocalModel, path: Path, step: Step | None, ratio: float, damping: float) -> Diagnosis:
+    if step is not None:
+        outcome = Outcome.ACCEPTED
+    elif path.points and path.outcome is not Outcome.ZERO_RIGHT_HAND_SIDE:
+        outcome = Outcome.NO_DECREASE
+    else:
+        outcome = path.outcome
+    return Diagnosis(
+        value=local.value,
+        new_value=local.value if step is None else step.value,
+        gradient_norm=math.sqrt(dot(local.gradient, local.gradient)),
+        step_norm=0.0 if step is None else math.sqrt(dot(step.direction, step.direction)),
+        ratio=ratio,
+        damping=damping,
+        solver_steps=path.steps if path.points else 0,
+        evaluations=0 if step is None else step.evaluations,
+        solver=path.outcome,
+        outcome=outcome,
+    )
+
+
+def hessian_free(
+    params: Iterable[Any],
+    *,
+    damping: float = 1.0,
+    max_steps: int = 100,
+    tolerance: float = 5e-4,
+    momentum: float = 0.95,
+) -> SecondOrder:
+    """Hessian-free optimisation (Martens, 2010): Gauss-Newton by conjugate gradients, adaptively damped.
+
+    Args:
+        params: the model's parameters.
+        damping: the first lambda; it adapts by the Levenberg-Marquardt rule.
+        max_steps: conjugate-gradient iterations a step at most.
+        tolerance: of the relative progress that ends them.
+        momentum: the share of the previous solution they start from.
+
+    >>> from torch import nn
+    >>> from quadric.loss.loss import SquaredError
+    >>> model = nn.Linear(2, 1)
+    >>> x = torch.randn(8, 2)
+    >>> optimizer = hessian_free(model.parameters(), damping=1e-6)
+    >>> _ = optimizer.step(Objective(model, SquaredError(), [(x, x.sum(1, keepdim=True))]))
+    >>> bool(torch.allclose(model.weight, torch.ones(1, 2), atol=1e-3))
+    True
+    """
+    return SecondOrder(
+        params,
+        descent=NewtonCG(ConjugateGradient(max_steps, RelativeProgress(tolerance)), momentum),
+        search=Backtracking(),
+        damping=LevenbergMarquardt(damping),
+    )
