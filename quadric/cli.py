@@ -1,0 +1,180 @@
+"""The command line: ``quadric train``, ``decode``, ``score`` and ``report``."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+try:
+    from quadric.recipes import RECIPES
+    from quadric.speech.corpus import read_data_dir
+    from quadric.speech.scoring import read_text, score, write_text
+    from quadric.train.console import bar, logged
+    from quadric.train.overrides import convert, options, override
+    from quadric.train.pipeline import decode_directory, report, run
+    from quadric.train.recipe import Job
+    from quadric.train.trainer import Interrupted
+except ModuleNotFoundError as missing:
+    if (missing.name or "").startswith("quadric"):
+        raise
+    sys.exit(f"quadric: {missing.name} is not installed: pip install 'quadric[speech]'")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0 done, 1 an error of the input, 2 of the call, 130 interrupted."""
+    parser = _parser()
+    chosen = parser.parse_args(arguments)
+    try:
+        chosen.command(chosen)
+    except (ValueError, OSError) as error:
+        print(f"quadric: {error}", file=sys.stderr)
+        return 1
+    except Interrupted as stop:
+        print(f"quadric: {stop}", file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        print("quadric: interrupted; the same command goes on from what is done", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="quadric", description="Few, strong steps: acoustic models from recordings to word error rate."
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train",
+        help="from recordings to word error rate, by a recipe",
+        description="Trains, decodes, scores and reports by a recipe. Run again, it goes on where it stopped.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_recipes(),
+    )
+    train.add_argument("recipe", metavar="RECIPE", choices=[recipe.__name__ for recipe in RECIPES], help="see below")
+    train.add_argument(
+        "overrides", nargs="*", metavar="OPTION=VALUE", help="recipe arguments and options, such as adam.lr=3e-4"
+    )
+    train.add_argument("--work", type=Path, default=Path("exp"), help="folder of working folders (default: exp)")
+    train.add_argument("--options", action="store_true", help="print all options with their values, and stop")
+    train.set_defaults(command=_train)
+
+    decode = commands.add_parser(
+        "decode",
+        help="recognise a data directory with a trained system",
+        description="Writes the words recognised in a Kaldi data directory, and their errors if it has transcripts.",
+    )
+    decode.add_argument("system", type=Path, help="a trained system, such as exp/digits/adam/system")
+    decode.add_argument("data", type=Path, help="a Kaldi data directory")
+    decode.add_argument("--out", type=Path, required=True, help="folder for text, per_utt, per_spk, hyp.trn, ref.trn, hyp.ctm")
+    decode.add_argument("--lm-weight", type=float, help="language-model weight (default: the system's)")
+    decode.add_argument("--word-penalty", type=float, help="cost of a word, in nats (default: the system's)")
+    decode.add_argument("--allow-commands", action="store_true", help="run the shell commands of wav.scp")
+    decode.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
+    decode.set_defaults(command=_decode)
+
+    scoring = commands.add_parser(
+        "score",
+        help="word error rate of a hypothesis file against a reference file",
+        description="Both files in Kaldi's form: an utterance id, then its words.",
+    )
+    scoring.add_argument("reference", type=Path)
+    scoring.add_argument("hypothesis", type=Path)
+    scoring.add_argument("--utt2spk", type=Path, help="speakers, for errors per speaker")
+    scoring.add_argument("--count-missing", action="store_true", help="count missing hypotheses as deletions")
+    scoring.set_defaults(command=_score)
+
+    again = commands.add_parser("report", help="write the report of a finished job again")
+    again.add_argument("work", type=Path, help="a working folder, such as exp/digits")
+    again.set_defaults(command=_report)
+    return parser
+
+
+def _recipes() -> str:
+    """The recipes with their arguments, for a person."""
+    lines = ["recipes:"]
+    for recipe in RECIPES:
+        arguments = " ".join(
+            f"{p.name}=..." if p.default is p.empty else f"[{p.name}={p.default}]"
+            for p in inspect.signature(recipe).parameters.values()
+        )
+        lines.append(f"  {recipe.__name__} {arguments}")
+        lines.append(f"      {(inspect.getdoc(recipe) or '').splitlines()[0]}")
+    lines.append("\nall options of a recipe with their values: quadric train RECIPE ... --options")
+    return "\n".join(lines)
+
+
+def _job(name: str, assignments: Sequence[str]) -> Job:
+    """The recipe's job: assignments to its arguments are passed, the others override the job's options."""
+    recipe: Callable[..., Job] = next(recipe for recipe in RECIPES if recipe.__name__ == name)
+    parameters = inspect.signature(recipe, eval_str=True).parameters
+    arguments: dict[str, Any] = {}
+    overrides = []
+    for assignment in assignments:
+        key, _, text = assignment.partition("=")
+        if key in parameters:
+            arguments[key] = convert(parameters[key].annotation, text, key)
+        else:
+            overrides.append(assignment)
+    missing = [p.name for p in parameters.values() if p.default is p.empty and p.name not in arguments]
+    if missing:
+        raise ValueError(f"recipe {name} needs {' '.join(f'{key}=...' for key in missing)}")
+    return override(recipe(**arguments), overrides)
+
+
+def _train(chosen: argparse.Namespace) -> None:
+    job = _job(chosen.recipe, chosen.overrides)
+    if chosen.options:
+        for path, value in options(job):
+            print(f"{path}={value}")
+        return
+    work = chosen.work / job.name
+    with logged(work / "log"):
+        outcome = run(job, work, progress=bar)
+    for line in outcome.lines:
+        print(line)
+    print(f"report: {outcome.report}")
+
+
+def _decode(chosen: argparse.Namespace) -> None:
+    corpus = read_data_dir(chosen.data, allow_commands=chosen.allow_commands, allow_missing_text=True)
+    with logged(chosen.out / "log"):
+        lines = decode_directory(
+            chosen.system,
+            corpus,
+            chosen.out,
+            lm_weight=chosen.lm_weight,
+            word_penalty=chosen.word_penalty,
+            jobs=chosen.jobs,
+            progress=bar,
+        )
+    for line in lines:
+        print(line)
+
+
+def _score(chosen: argparse.Namespace) -> None:
+    speakers = None
+    if chosen.utt2spk is not None:
+        speakers = {utterance: " ".join(speaker) for utterance, speaker in read_text(chosen.utt2spk).items()}
+    result = score(
+        read_text(chosen.reference),
+        read_text(chosen.hypothesis),
+        speakers=speakers,
+        on_missing="count" if chosen.count_missing else "error",
+    )
+    for line in result.lines:
+        print(line)
+    for speaker, errors in result.per_speaker.items() if speakers else ():
+        print(f"{speaker} {errors.line}")
+
+
+def _report(chosen: argparse.Namespace) -> None:
+    print(f"report: {report(chosen.work)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

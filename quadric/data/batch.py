@@ -1,0 +1,144 @@
+"""Utterances into minibatches: context, windows, padding.
+
+A minibatch holds windows of utterances side by side. A window keeps its true neighbouring frames as context; where
+the utterance ends, its edge frame is repeated. Shorter windows are filled up at their end, with target -1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+Features: TypeAlias = Float[np.ndarray, "T D"]
+Window: TypeAlias = tuple[int, int]
+
+PADDING = -1
+"""The target of a frame that is not there."""
+
+
+class Example(NamedTuple):
+    """One utterance: ``features`` float32 [T, D] and what they should become.
+
+    ``target`` is an int64 array [T] of classes, or any object whose ``len()`` is T, such as a lattice.
+    """
+
+    id: str
+    features: Features
+    target: Any
+
+
+class Batch(NamedTuple):
+    """Windows of several utterances.
+
+    ``inputs`` [B, left+T+right, D]; ``target`` an int64 tensor [B, T] padded with -1, or the list of the B target
+    objects; ``frames`` counts the target frames that are real.
+    """
+
+    inputs: Float[Tensor, "B left+T+right D"]
+    target: Int64[Tensor, "B T"] | list[Any]
+    frames: int
+
+    def to(self, device: torch.device | str) -> Batch:
+        """This batch with its tensors on ``device``; target objects stay with the loss that reads them."""
+        target = self.target.to(device) if isinstance(self.target, Tensor) else self.target
+        return Batch(self.inputs.to(device), target, self.frames)
+
+
+def pad_context(features: Features, left: int, right: int) -> Features:
+    """``[left+T+right, D]``: the first frame repeated ``left`` times before, the last ``right`` times after.
+
+    >>> pad_context(np.array([[1.0], [2.0]]), 1, 2).ravel()
+    array([1., 1., 2., 2., 2.])
+    """
+    check_context(left, right)
+    if len(features) == 0:
+        raise ValueError("features has no frames; leave empty utterances out")
+    return np.pad(features, ((left, right), (0, 0)), mode="edge")
+
+
+def chunks(example: Example, length: int) -> list[Window]:
+    """``example`` cut into windows ``(start, stop)`` of ``length`` frames, the last one shorter if need be.
+
+    >>> chunks(Example("a", np.zeros((7, 1)), np.zeros(7, int)), 3)
+    [(0, 3), (3, 6), (6, 7)]
+    """
+    if length < 1:
+        raise ValueError(f"length is {length}; a chunk has at least one frame")
+    frames = len(example.features)
+    return [(start, min(start + length, frames)) for start in range(0, frames, length)]
+
+
+def collate(examples: Sequence[Example], left: int, right: int, *, windows: Sequence[Window] | None = None) -> Batch:
+    """One minibatch of whole utterances, or of one window ``(start, stop)`` of each when ``windows`` are given.
+
+    Raises:
+        ValueError: no examples; features and target of different lengths; a window outside its utterance, or
+            a window of a target that is not an array.
+    """
+    if len(examples) == 0:
+        raise ValueError("examples is empty; a minibatch holds at least one")
+    check_context(left, right)
+    whole = [(0, len(example.features)) for example in examples]
+    windows = whole if windows is None else list(windows)
+    if len(windows) != len(examples):
+        raise ValueError(f"windows has {len(windows)} entries for {len(examples)} examples; give one for each")
+    for example, window, full in zip(examples, windows, whole, strict=True):
+        _check_window(example, window, full)
+    inputs = gather([example.features for example in examples], windows, left, right)
+    targets = [example.target for example in examples]
+    return Batch(inputs, gather_targets(targets, windows), sum(stop - start for start, stop in windows))
+
+
+def gather(features: Sequence[Features], windows: Sequence[Window], left: int, right: int) -> Tensor:
+    """The inputs ``[B, left+T+right, D]`` of ``windows``, T the longest: one contiguous copy per window.
+
+    Frames past the end of a shorter window are its next neighbours, or the repeated last frame of the utterance.
+    """
+    longest = max(stop - start for start, stop in windows)
+    inputs = np.empty((len(windows), left + longest + right, features[0].shape[1]), dtype=np.float32)
+    for row, frames, (start, _) in zip(inputs, features, windows, strict=True):
+        begin, end = start - left, start + longest + right
+        before, inside = max(0, -begin), min(end, len(frames)) - begin
+        row[before:inside] = frames[begin + before : begin + inside]
+        if before:
+            row[:before] = frames[0]
+        if inside < len(row):
+            row[inside:] = frames[-1]
+    return torch.from_numpy(inputs)
+
+
+def gather_targets(targets: Sequence[Any], windows: Sequence[Window]) -> Tensor | list[Any]:
+    """The targets of ``windows``: int64 [B, T] padded with -1, or the list of target objects as they are."""
+    if not isinstance(targets[0], np.ndarray):
+        return list(targets)
+    longest = max(stop - start for start, stop in windows)
+    padded = np.full((len(windows), longest), PADDING, dtype=np.int64)
+    for row, target, (start, stop) in zip(padded, targets, windows, strict=True):
+        row[: stop - start] = target[start:stop]
+    return torch.from_numpy(padded)
+
+
+def check_context(left: int, right: int) -> None:
+    """Refuses a negative context."""
+    if left < 0 or right < 0:
+        raise ValueError(f"context is ({left}, {right}); give the frames before and after, neither negative")
+
+
+def _check_window(example: Example, window: Window, whole: Window) -> None:
+    if len(example.target) != whole[1]:
+        raise ValueError(
+            f"example {example.id!r} has {whole[1]} frames of features and {len(example.target)} of target; "
+            "make them agree"
+        )
+    if not 0 <= window[0] < window[1] <= whole[1]:
+        raise ValueError(f"window {window} of example {example.id!r} is empty or outside its {whole[1]} frames")
+    if window != whole and not isinstance(example.target, np.ndarray):
+        raise ValueError(
+            f"window {window} of example {example.id!r} cuts a {type(example.target).__name__}; "
+            "only array targets can be cut, use whole utterances"
+        )

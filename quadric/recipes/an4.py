@@ -1,0 +1,31 @@
+"""AN4: spelled words and numbers, from ready-made cepstra."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from quadric.data.augment import SpecAugment
+from quadric.train.recipe import FirstOrder, HessianFree, Job, Network
+from quadric.train.sources import An4
+
+
+def an4(data: Path, seed: int = 0) -> Job:
+    """CMU AN4: spelled names, numbers and commands, 13 cepstra a frame, 101 words.
+
+    Args:
+        data: folder of ``train.npz``, ``dev.npz``, ``test.npz`` and ``lexicon.txt``.
+        seed: of everything random.
+    """
+    return Job(
+        name="an4",
+        train=An4(data, "train"),
+        dev=An4(data, "dev"),
+        test=An4(data, "test"),
+        lexicon=data / "lexicon.txt",
+        deltas=2,
+        augment=SpecAugment(frequency_masks=0),
+        network=Network("tdnn", (384,) * 4, offsets=((-2, -1, 0, 1, 2), (-3, 0, 3), (-6, 0, 6), (0,)), dropout=0.2),
+        adam=FirstOrder(epochs=12),
+        hessian_free=HessianFree(epochs=12),
+        seed=seed,
+    )

@@ -1,0 +1,32 @@
+"""Connected strings of the Free Spoken Digit Dataset: real speakers, unseen in training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from quadric.data.augment import SpecAugment
+from quadric.speech.features import Fbank
+from quadric.train.recipe import FirstOrder, HessianFree, Job, Network
+from quadric.train.sources import DigitStrings
+
+
+def fsdd(data: Path, seed: int = 0) -> Job:
+    """Digit strings of the Free Spoken Digit Dataset, 8 kHz: three training speakers, others for dev and test.
+
+    Args:
+        data: the data set's folder (``strings/``, ``data/``, ``flac/``), with ``make_strings.py`` in it or above it.
+        seed: of everything random.
+    """
+    return Job(
+        name="fsdd",
+        train=DigitStrings(data, "train"),
+        dev=DigitStrings(data, "dev"),
+        test=DigitStrings(data, "test"),
+        fbank=Fbank(rate=8000),
+        speeds=(0.85, 1.0, 1.15),
+        augment=SpecAugment(),
+        network=Network("tdnn", (384,) * 4, offsets=((-2, -1, 0, 1, 2), (-3, 0, 3), (-6, 0, 6), (0,)), dropout=0.1),
+        adam=FirstOrder(epochs=6),
+        hessian_free=HessianFree(epochs=6),
+        seed=seed,
+    )

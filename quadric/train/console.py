@@ -1,0 +1,58 @@
+"""What a person sees while a job runs: bars, warnings, and a log file with everything."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+
+def bar(items: Iterable[T], *, total: int | None, what: str) -> Iterable[T]:
+    """A progress bar on a terminal; on a pipe or in a file, a line every ten seconds."""
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        items,
+        total=total,
+        desc=what,
+        file=sys.stderr,
+        mininterval=0.2 if terminal else 10.0,
+        dynamic_ncols=terminal,
+        ascii=not terminal,
+        leave=True,
+    )
+
+
+class _BesideBars(logging.Handler):
+    """Log lines above the bar that is being drawn."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+@contextmanager
+def logged(file: Path) -> Iterator[None]:
+    """While inside: everything to ``file``, what a person should know to the terminal."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    root = logging.getLogger("quadric")
+    written = logging.FileHandler(file, encoding="utf-8")
+    written.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    shown = _BesideBars(logging.INFO)
+    shown.setFormatter(logging.Formatter("%(message)s"))
+    level = root.level
+    root.setLevel(logging.INFO)
+    for handler in (written, shown):
+        root.addHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in (written, shown):
+            root.removeHandler(handler)
+            handler.close()
+        root.setLevel(level)

@@ -1,0 +1,139 @@
+"""The first part of a job: what is said, how it sounds, which words there are and how they follow each other."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from quadric.progress import Progress
+from quadric.speech.corpus import Corpus, perturb_speed
+from quadric.speech.features import add_deltas, extract, normalise
+from quadric.speech.language_model import NGram
+from quadric.speech.lexicon import Lexicon, read_lexicon
+from quadric.speech.synthesis import DIGIT_LEXICON
+from quadric.train.recipe import Job
+from quadric.train.sources import SPLITS, Material, Split
+from quadric.train.stages import Stages
+from quadric.train.system import Front
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What every later stage builds on.
+
+    Attributes:
+        corpora: by split; the training set without its copies at other speeds.
+        perturbed: the training set with its copies.
+        features: by split, normalised; the training set's with its copies.
+        front: how the features were made.
+        lexicon: the words.
+        arpa: the language model.
+        perplexity: of the language model on each split's words, where it was estimated here.
+    """
+
+    corpora: Mapping[Split, Corpus]
+    perturbed: Corpus
+    features: Mapping[Split, Mapping[str, np.ndarray]]
+    front: Front
+    lexicon: Lexicon
+    arpa: Path
+    perplexity: Mapping[Split, float]
+
+    @property
+    def dimension(self) -> int:
+        """Features per frame."""
+        return next(iter(self.features["dev"].values())).shape[1]
+
+
+def prepare(job: Job, stages: Stages, progress: Progress) -> Prepared:
+    """Reads the sets, computes features, checks the words, estimates the language model."""
+    cache = stages.work / "cache"
+    sources = {"train": job.train, "dev": job.dev, "test": job.test}
+    materials = {split: sources[split].load(cache, jobs=job.jobs, progress=progress) for split in SPLITS}
+    lexicon = Lexicon(DIGIT_LEXICON) if job.lexicon is None else read_lexicon(job.lexicon)
+    materials = {split: _known(material, lexicon, job, split) for split, material in materials.items()}
+    if any(material.features is not None for material in materials.values()) and job.speeds != (1.0,):
+        raise ValueError(f"speeds={job.speeds}: ready-made features have one speed; set speeds=[1.0]")
+    perturbed = perturb_speed(materials["train"].corpus, job.speeds) if len(job.speeds) > 1 else None
+    front = Front(job.fbank, job.normalisation, job.deltas)
+    features = {
+        split: make_features(
+            Material(perturbed, None) if split == "train" and perturbed else material, front, cache, job.jobs, progress
+        )
+        for split, material in materials.items()
+    }
+    corpora = {split: _with_features(material.corpus, features[split]) for split, material in materials.items()}
+    arpa, perplexity = _language_model(job, stages, corpora, lexicon)
+    for split, corpus in corpora.items():
+        frames = sum(len(features[split][utterance.id]) for utterance in corpus)
+        logger.info(
+            "%s: %d utterances of %d speakers, %.2f hours, %d words, language-model perplexity %.1f",
+            split, len(corpus), len(corpus.speakers), frames / 360_000, sum(corpus.word_counts().values()),
+            perplexity[split],
+        )  # fmt: skip
+    return Prepared(
+        corpora, perturbed or corpora["train"], features, front, lexicon, arpa, perplexity
+    )
+
+
+def make_features(
+    material: Material, front: Front, cache: Path, jobs: int, progress: Progress
+) -> Mapping[str, np.ndarray]:
+    """Normalised features of every utterance, in memory; from audio, or from the features that came with it."""
+    corpus, features = material
+    if features is None:
+        features = extract(corpus, front.fbank, cache / "features", jobs=jobs, progress=progress)
+    if front.deltas:
+        features = add_deltas(features, front.deltas)
+    normalised = normalise(features, corpus, front.normalisation)
+    return {id: normalised[id] for id in progress(list(normalised), total=len(normalised), what="reading features")}
+
+
+def _known(material: Material, lexicon: Lexicon, job: Job, split: Split) -> Material:
+    """The utterances all of whose words are in the lexicon; the test set stays whole, its unknown words are errors."""
+    corpus = material.corpus
+    unknown = lexicon.unknown_words(corpus.word_counts())
+    if not unknown:
+        return material
+    if split == "test":
+        logger.warning("test: %d words are not in the lexicon and cannot be recognised: %s", len(unknown), unknown)
+        return material
+    if job.unknown_words == "error":
+        try:
+            lexicon.check(corpus.word_counts())
+        except ValueError as error:
+            raise ValueError(f"{split}: {error} (unknown_words=drop)") from None
+    kept = corpus.subset(u.id for u in corpus if not any(word in unknown for word in u.words))
+    logger.warning(
+        "%s: left out %d of %d utterances for %d words that are not in the lexicon: %s",
+        split, len(corpus) - len(kept), len(corpus), len(unknown), unknown,
+    )  # fmt: skip
+    return material._replace(corpus=kept)
+
+
+def _with_features(corpus: Corpus, features: Mapping[str, np.ndarray]) -> Corpus:
+    return corpus.subset(utterance.id for utterance in corpus if utterance.id in features)
+
+
+def _language_model(
+    job: Job, stages: Stages, corpora: Mapping[Split, Corpus], lexicon: Lexicon
+) -> tuple[Path, dict[Split, float]]:
+    """The ARPA file to decode with, and its perplexity on each split."""
+    sentences = {split: [utterance.words for utterance in corpus] for split, corpus in corpora.items()}
+    if job.arpa is not None:
+        model = NGram.read_arpa(job.arpa)
+        arpa = job.arpa
+    else:
+        model = NGram.estimate(sentences["train"], lexicon.words, job.lm_order)
+        folder = stages.make(
+            "lm", job.lm_order, sentences["train"], lexicon, by=lambda folder: model.write_arpa(folder / "lm.arpa")
+        )
+        arpa = folder / "lm.arpa"
+    known = {split: [s for s in said if all(word in lexicon for word in s)] for split, said in sentences.items()}
+    return arpa, {split: model.perplexity(said) for split, said in known.items()}

@@ -1,0 +1,266 @@
+"""What a job is made of: frozen records that a recipe fills in and the command line may override.
+
+A record's fields are its options; their docstrings are the manual.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ConstantLR, LambdaLR, LRScheduler
+
+from quadric.data.augment import SpecAugment
+from quadric.model.acoustic import DNN, SHIFTS, TDNN, Activation, Norm
+from quadric.optim.second_order import hessian_free
+from quadric.speech.features import Fbank, Normalisation
+from quadric.speech.gaussian import GaussianStart
+from quadric.speech.tree import TreeOptions
+from quadric.train.sources import Source
+
+
+@dataclass(frozen=True)
+class Network:
+    """The acoustic model.
+
+    Attributes:
+        kind: ``"dnn"`` splices a window once, ``"tdnn"`` in every layer.
+        sizes: units of each hidden layer.
+        context: frames on either side of a DNN's window.
+        offsets: a TDNN's frame offsets, one tuple per hidden layer.
+        activation: of the hidden units.
+        dropout: probability of dropping a hidden unit while training.
+        norm: ``"layer"`` normalises each frame's units before the activation.
+    """
+
+    kind: Literal["dnn", "tdnn"] = "tdnn"
+    sizes: tuple[int, ...] = (512, 512, 512, 512, 512)
+    context: int = 10
+    offsets: tuple[tuple[int, ...], ...] = SHIFTS
+    activation: Activation = "relu"
+    dropout: float = 0.0
+    norm: Norm = "layer"
+
+    def build(self, inputs: int, outputs: int) -> TDNN:
+        """The network, initialised from torch's random numbers."""
+        if self.kind == "dnn":
+            return DNN(
+                inputs,
+                outputs,
+                self.sizes,
+                context=self.context,
+                activation=self.activation,
+                dropout=self.dropout,
+                norm=self.norm,
+            )
+        return TDNN(
+            inputs,
+            outputs,
+            self.sizes,
+            offsets=self.offsets,
+            activation=self.activation,
+            dropout=self.dropout,
+            norm=self.norm,
+        )
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """A way to train: an optimiser and how much data it sees.
+
+    Attributes:
+        epochs: passes over the training data.
+        gradient_frames: frames an update's gradient sees.
+    """
+
+    epochs: float = 8.0
+    gradient_frames: int = 2048
+
+    curvature_frames: ClassVar[int] = 0
+
+    @abstractmethod
+    def build(self, params: Iterable[nn.Parameter]) -> Optimizer:
+        """The optimiser over ``params``."""
+
+    def schedule(self, optimizer: Optimizer, updates: int) -> LRScheduler:
+        """How the learning rate goes over the run: by default it stays."""
+        return ConstantLR(optimizer, factor=1.0)
+
+
+@dataclass(frozen=True)
+class FirstOrder(Method):
+    """Training by an optimiser of torch on minibatches, with a warm-up and a cosine decay of its rate.
+
+    Attributes:
+        epochs, gradient_frames: as in `Method`; ``gradient_frames`` is the minibatch.
+        optimizer: a class such as ``torch.optim.AdamW`` or ``torch.optim.SGD``.
+        lr: the highest learning rate.
+        weight_decay: as the optimiser means it.
+        warmup: the share of the updates over which the rate rises from zero.
+        floor: the rate at the end, as a share of ``lr``.
+    """
+
+    optimizer: type[Optimizer] = torch.optim.AdamW
+    lr: float = 1e-3
+    weight_decay: float = 1e-2
+    warmup: float = 0.05
+    floor: float = 0.02
+
+    def build(self, params: Iterable[nn.Parameter]) -> Optimizer:
+        return self.optimizer(params, lr=self.lr, weight_decay=self.weight_decay)  # type: ignore[call-arg]
+
+    def schedule(self, optimizer: Optimizer, updates: int) -> LRScheduler:
+        rising = max(1, round(self.warmup * updates))
+
+        def factor(update: int) -> float:
+            if update < rising:
+                return (update + 1) / rising
+            done = min(1.0, (update - rising) / max(1, updates - rising))
+            return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * done))
+
+        return LambdaLR(optimizer, factor)
+
+
+@dataclass(frozen=True)
+class HessianFree(Method):
+    """Training by Hessian-free steps on large batches (Martens, 2010).
+
+    Attributes:
+        epochs, gradient_frames: as in `Method`.
+        curvature_frames: frames of the curvature products, drawn anew for every step from the whole set.
+        damping: the first lambda; it adapts.
+        max_steps: conjugate-gradient iterations a step at most.
+        tolerance: of the relative progress that ends them.
+        momentum: the share of the previous solution they start from.
+    """
+
+    epochs: float = 8.0
+    gradient_frames: int = 200_000
+    curvature_frames: int = 20_000  # type: ignore[misc]
+    damping: float = 1.0
+    max_steps: int = 50
+    tolerance: float = 5e-4
+    momentum: float = 0.95
+
+    def build(self, params: Iterable[nn.Parameter]) -> Optimizer:
+        return hessian_free(
+            params,
+            damping=self.damping,
+            max_steps=self.max_steps,
+            tolerance=self.tolerance,
+            momentum=self.momentum,
+        )
+
+
+@dataclass(frozen=True)
+class FlatStart:
+    """Alignments from transcripts alone.
+
+    A single-Gaussian Viterbi bootstrap gives first alignments; a small network learns them, then is trained by the
+    full sum over all alignments with a state prior (Zeyer et al., 2017), which moves the boundaries to where the
+    network sees them; a Viterbi alignment by that network is the result.
+
+    Attributes:
+        gaussian: the bootstrap.
+        network: the small network.
+        warm: passes of cross-entropy on the bootstrap's alignment.
+        rounds: passes of full-sum training.
+        scale: of the acoustic scores in the first and last round, linearly in between.
+        prior_scale: of the state prior.
+        lr: of Adam.
+        gradient_frames: frames of a minibatch.
+    """
+
+    gaussian: GaussianStart = field(default_factory=GaussianStart)
+    network: Network = field(default_factory=lambda: Network("dnn", (256, 256), context=5, norm="none"))
+    warm: float = 1.0
+    rounds: int = 4
+    scale: tuple[float, float] = (0.5, 1.0)
+    prior_scale: float = 0.7
+    lr: float = 1e-3
+    gradient_frames: int = 4096
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Decoding and the sweep on the development set.
+
+    Attributes:
+        beam, max_active: of the search.
+        lm_weights: language-model weights to try; the acoustic scale is one over it.
+        word_penalties: costs per word to try, in nats.
+        sweep_utterances: of the development set, evenly spaced, that the sweep decodes; the result is reported on all.
+    """
+
+    beam: float = 13.0
+    max_active: int = 4000
+    lm_weights: tuple[float, ...] = (4.0, 6.0, 8.0, 10.0, 12.0)
+    word_penalties: tuple[float, ...] = (-1.0, 0.0, 1.0, 2.0)
+    sweep_utterances: int = 200
+
+
+@dataclass(frozen=True)
+class Job:
+    """From recordings to word error rate.
+
+    Attributes:
+        name: of the working folder.
+        train, dev, test: where each set comes from.
+        lexicon: file of pronunciations; None: the English digits'.
+        unknown_words: ``"error"``, or ``"drop"`` the utterances that hold one.
+        fbank: filterbank features of audio.
+        normalisation: of the features.
+        deltas: orders of differences appended to the features.
+        speeds: copies of the training audio at these speeds.
+        lm_order: of the n-gram model estimated from the training text.
+        arpa: a language model of your own instead.
+        alignments: Kaldi per-frame pdf alignments of the training set instead of a flat start.
+        flat_start: how alignments are found.
+        tree: tied triphone states; None: monophone states.
+        network: the acoustic model.
+        augment: masks on the features while training.
+        chunk: frames of the windows that minibatches are made of.
+        adam, hessian_free: the trainings to compare, each from the same start; None: leave it out.
+        decoding: of dev and test.
+        autocast: compute matrix products in bfloat16.
+        seed: of everything random.
+        jobs: processes.
+    """
+
+    name: str
+    train: Source
+    dev: Source
+    test: Source
+    lexicon: Path | None = None
+    unknown_words: Literal["error", "drop"] = "error"
+    fbank: Fbank = field(default_factory=Fbank)
+    normalisation: Normalisation = field(default_factory=Normalisation)
+    deltas: int = 0
+    speeds: tuple[float, ...] = (1.0,)
+    lm_order: int = 2
+    arpa: Path | None = None
+    alignments: Path | None = None
+    flat_start: FlatStart = field(default_factory=FlatStart)
+    tree: TreeOptions | None = None
+    network: Network = field(default_factory=Network)
+    augment: SpecAugment | None = None
+    chunk: int = 50
+    adam: FirstOrder | None = field(default_factory=FirstOrder)
+    hessian_free: HessianFree | None = field(default_factory=HessianFree)
+    decoding: Decoding = field(default_factory=Decoding)
+    autocast: bool = False
+    seed: int = 0
+    jobs: int = 2
+
+    @property
+    def methods(self) -> dict[str, Method]:
+        """The trainings that are not left out, by name."""
+        named: dict[str, Method | None] = {"adam": self.adam, "hessian_free": self.hessian_free}
+        return {name: method for name, method in named.items() if method is not None}

@@ -1,0 +1,77 @@
+"""Stages of a job: each is done once, whole or not at all, and remembered by everything it depends on.
+
+A stage's folder is named after what it does and a digest of its key (its options and the digests of the stages
+before it). Changing an option makes a new folder; changing it back finds the old one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quadric.files import new_file, new_folder
+
+logger = logging.getLogger(__name__)
+
+
+def plain(value: Any) -> Any:
+    """``value`` as JSON can hold it: dataclasses as dicts, paths and types as strings.
+
+    >>> plain((Path("a"), 1.5, None))
+    ['a', 1.5, None]
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(item) for item in value]
+    if isinstance(value, type):
+        return f"{value.__module__}.{value.__qualname__}"
+    if isinstance(value, np.ndarray):
+        return hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def digest(*parts: Any) -> str:
+    """Ten hexadecimal digits that name ``parts``."""
+    text = json.dumps(plain(list(parts)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+class Stages:
+    """The stages of one working folder."""
+
+    def __init__(self, work: Path) -> None:
+        self.work = work
+
+    def folder(self, name: str, *key: Any) -> Path:
+        """The folder of a stage that keeps its own half-way state, such as training. ``key.json`` tells its key."""
+        folder = self.work / f"{name}-{digest(*key)}"
+        if not folder.exists():
+            with new_folder(folder) as temporary:
+                _write_key(temporary, key)
+        return folder
+
+    def make(self, name: str, *key: Any, by: Callable[[Path], None]) -> Path:
+        """The folder of a stage, made by ``by(folder)`` unless it is there already."""
+        folder = self.work / f"{name}-{digest(*key)}"
+        if folder.exists():
+            logger.info("%s: already in %s", name, folder)
+        else:
+            with new_folder(folder) as temporary:
+                _write_key(temporary, key)
+                by(temporary)
+        return folder
+
+
+def _write_key(folder: Path, key: Any) -> None:
+    with new_file(folder / "key.json") as temporary:
+        temporary.write_text(json.dumps(plain(list(key)), indent=1))

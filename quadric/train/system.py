@@ -1,0 +1,171 @@
+"""A trained acoustic model with all that decoding needs, in one folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32
+from pydantic import TypeAdapter
+
+from quadric.data.batch import pad_context
+from quadric.files import new_folder
+from quadric.model.acoustic import TDNN, log_likelihoods
+from quadric.speech.features import Fbank, Normalisation
+from quadric.speech.lexicon import Lexicon, read_lexicon
+from quadric.speech.topology import Tying
+from quadric.train import checkpoint
+from quadric.train.recipe import Decoding, Network
+from quadric.train.stages import plain
+
+
+class Likelihoods(Mapping[str, np.ndarray]):
+    """log p(x | pdf) up to a constant per frame, for every utterance, computed when it is asked for.
+
+    A hybrid system scores a frame with log p(pdf | x) - log p(pdf).
+
+    Args:
+        model: logits from features.
+        features: utterance id -> float32 [T, D].
+        log_prior: [C].
+        autocast: compute matrix products in bfloat16.
+    """
+
+    def __init__(
+        self,
+        model: TDNN,
+        features: Mapping[str, np.ndarray],
+        log_prior: Float[np.ndarray, " C"],
+        *,
+        autocast: bool = False,
+    ) -> None:
+        self._model = model.eval()
+        self._features = features
+        self._device = next(model.parameters()).device
+        self._log_prior = torch.as_tensor(log_prior, dtype=torch.float32, device=self._device)
+        self._autocast = autocast
+
+    def __getitem__(self, id: str) -> Float32[np.ndarray, "T C"]:
+        window = pad_context(self._features[id], self._model.left_context, self._model.right_context)
+        inputs = torch.from_numpy(np.ascontiguousarray(window)).unsqueeze(0).to(self._device)
+        with torch.no_grad(), torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._autocast):
+            logits = self._model(inputs)[0].float()
+        return log_likelihoods(logits, self._log_prior).cpu().numpy()
+
+    def __contains__(self, id: object) -> bool:
+        return id in self._features
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._features)
+
+    def __len__(self) -> int:
+        return len(self._features)
+
+
+@dataclass(frozen=True)
+class Front:
+    """How features are made: they must be the same in training and use.
+
+    Attributes:
+        fbank: of audio.
+        normalisation: of the features.
+        deltas: orders of differences appended.
+    """
+
+    fbank: Fbank
+    normalisation: Normalisation
+    deltas: int = 0
+
+
+@dataclass(frozen=True)
+class System:
+    """A trained acoustic model, its units and its decoding settings.
+
+    Attributes:
+        front: the features it was trained on.
+        inputs: D.
+        network: its architecture.
+        model: its parameters.
+        log_prior: of its outputs, [C].
+        tying: which phone state each output is.
+        lexicon: the words it knows.
+        arpa: the language model, in ARPA form.
+        decoding: of the search.
+        lm_weight, word_penalty: chosen on development data.
+    """
+
+    front: Front
+    inputs: int
+    network: Network
+    model: TDNN
+    log_prior: Float[np.ndarray, " C"]
+    tying: Tying
+    lexicon: Lexicon
+    arpa: Path
+    decoding: Decoding
+    lm_weight: float = 10.0
+    word_penalty: float = 0.0
+
+    def likelihoods(self, features: Mapping[str, np.ndarray], *, autocast: bool = False) -> Likelihoods:
+        """Scores for decoding and alignment."""
+        return Likelihoods(self.model, features, self.log_prior, autocast=autocast)
+
+    def save(self, folder: Path) -> None:
+        """Writes everything to ``folder``, which must not exist."""
+        options = {name: plain(getattr(self, name)) for name in _OPTIONS}
+        with new_folder(folder) as temporary:
+            (temporary / "options.json").write_text(json.dumps(options, indent=1))
+            state = {"model": self.model.state_dict(), "log_prior": torch.as_tensor(self.log_prior)}
+            checkpoint.save(state, temporary / "model.pt")
+            self.tying.save(temporary / "tying.npz")
+            lines = (f"{word} {' '.join(phones)}\n" for word, phones in self.lexicon.entries)
+            (temporary / "lexicon.txt").write_text("".join(lines))
+            (temporary / "lm.arpa").write_bytes(self.arpa.read_bytes())
+
+    @classmethod
+    def load(cls, folder: Path) -> System:
+        """Reads what `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no trained system in ``folder``.
+        """
+        if not (folder / "options.json").is_file():
+            raise FileNotFoundError(
+                f"folder={folder}: no trained system there; it is a folder named 'system' under the working folder"
+            )
+        options: dict[str, Any] = {
+            name: TypeAdapter(kind).validate_python(value)
+            for name, value in json.loads((folder / "options.json").read_text()).items()
+            if (kind := _OPTIONS[name])
+        }
+        tying = Tying.load(folder / "tying.npz")
+        model = options["network"].build(options["inputs"], tying.num_pdfs)
+        state = checkpoint.load(folder / "model.pt")
+        model.load_state_dict(state["model"])
+        return cls(
+            model=model.eval(),
+            log_prior=state["log_prior"].numpy(),
+            tying=tying,
+            lexicon=read_lexicon(folder / "lexicon.txt", strip_stress=False),
+            arpa=folder / "lm.arpa",
+            **options,
+        )
+
+    def tuned(self, lm_weight: float, word_penalty: float) -> System:
+        """The same system with decoding weights chosen."""
+        return replace(self, lm_weight=lm_weight, word_penalty=word_penalty)
+
+
+_OPTIONS: dict[str, type] = {
+    "front": Front,
+    "inputs": int,
+    "network": Network,
+    "decoding": Decoding,
+    "lm_weight": float,
+    "word_penalty": float,
+}

@@ -1,0 +1,261 @@
+"""The training loop: one for every optimiser, resumable to the bit.
+
+An update is ``optimizer.step(objective)``. What differs between optimisers is how much data an update sees, and that
+is in the `Plan`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from quadric.data.stream import FrameStream
+from quadric.loss.loss import PADDING, Loss
+from quadric.objective.objective import Objective
+from quadric.optim.second_order import SecondOrder
+from quadric.progress import Progress, silent
+from quadric.train import checkpoint
+from quadric.train.metrics import MetricsLog
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT_SECONDS = 60.0
+"""A crash loses at most this much work, or one update where that takes longer."""
+
+
+class Interrupted(Exception):
+    """Training was asked to stop and has saved its state; the same command goes on from there."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much data, how often judged.
+
+    Attributes:
+        epochs: passes over the training data.
+        gradient_frames: frames each update's gradient sees.
+        curvature_frames: frames its curvature sees, drawn from the whole set; 0 for first-order optimisers.
+        evaluations: of the held-out data, evenly spaced over the run, besides the one before it.
+        autocast: compute matrix products in bfloat16.
+        seed: of dropout.
+    """
+
+    epochs: float
+    gradient_frames: int
+    curvature_frames: int = 0
+    evaluations: int = 20
+    autocast: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "gradient_frames", "evaluations"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be positive")
+
+    def updates(self, total_frames: int) -> int:
+        """Optimiser steps for ``epochs`` passes over ``total_frames`` frames."""
+        return max(1, math.ceil(self.epochs * total_frames / self.gradient_frames))
+
+    def judged(self, updates: int) -> set[int]:
+        """The updates after which the held-out data is looked at."""
+        n = min(self.evaluations, updates)
+        return {round(updates * (i + 1) / n) for i in range(n)}
+
+
+def evaluate(model: nn.Module, loss: Loss, stream: FrameStream, *, autocast: bool = False) -> dict[str, float]:
+    """Mean loss per frame and, where targets are class indices, the share of frames classified right."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    total = weight = right = 0.0
+    classified = False
+    try:
+        with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
+            for inputs, target, _ in stream.everything():
+                target = target.to(device) if isinstance(target, Tensor) else target
+                output = model(inputs.to(device)).float()
+                total += float(loss(output, target))
+                weight += float(loss.weight(target))
+                if isinstance(target, Tensor):
+                    classified = True
+                    right += float(((output.argmax(-1) == target) & (target != PADDING)).sum())
+    finally:
+        model.train(was_training)
+    scores = {"loss": total / weight}
+    return scores | {"accuracy": right / weight} if classified else scores
+
+
+class Trainer:
+    """Trains a model in a folder, and goes on where it stopped.
+
+    The folder holds ``state.pt`` (everything needed to go on), ``model.pt`` (the parameters with the lowest held-out
+    loss so far, and when they were reached) and ``metrics.jsonl``.
+
+    Args:
+        model: already where it shall start.
+        loss: of its output.
+        optimizer: any torch optimiser, or a `SecondOrder`.
+        stream: training data.
+        held_out: data the training is judged on.
+        plan: how much data, how often judged.
+        folder: of the files above.
+        schedule: from the optimiser and the number of updates to a learning-rate schedule, stepped every update.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        optimizer: Optimizer,
+        stream: FrameStream,
+        held_out: FrameStream,
+        plan: Plan,
+        folder: Path,
+        *,
+        schedule: Callable[[Optimizer, int], LRScheduler] | None = None,
+    ) -> None:
+        self.model, self.loss, self.optimizer = model, loss, optimizer
+        self.stream, self.held_out, self.plan, self.folder = stream, held_out, plan, folder
+        self.updates = plan.updates(stream.total_frames)
+        self.scheduler = schedule(optimizer, self.updates) if schedule else None
+        self.update = 0
+        self.seconds = 0.0
+        self.best = math.inf
+        self._objectives: list[float] = []
+        self._metrics = MetricsLog(folder / "metrics.jsonl")
+
+    def fit(self, *, progress: Progress = silent, what: str = "training") -> Mapping[str, Any]:
+        """Trains to the end of the plan, from ``state.pt`` if it is there; returns the record of ``model.pt``.
+
+        Raises:
+            Interrupted: on SIGINT or SIGTERM, after the update under way, with everything saved.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if (self.folder / "state.pt").exists():
+            self._load()
+        else:
+            self._metrics.truncate_after(-1)
+            self._log(self._judge())
+        saved = time.monotonic()
+        judged = self.plan.judged(self.updates)
+        remaining = range(self.update, self.updates)
+        with _stop_requests() as stop:
+            for _ in progress(remaining, total=len(remaining), what=what):
+                record = self._step()
+                if self.update in judged:
+                    record |= {"objective": self._mean_objective()} | self._judge()
+                if self.update in judged or isinstance(self.optimizer, SecondOrder):
+                    self._log(record)
+                if stop.is_set() or time.monotonic() - saved > CHECKPOINT_SECONDS:
+                    self._save()
+                    saved = time.monotonic()
+                if stop.is_set():
+                    raise Interrupted(
+                        f"stopped after update {self.update} of {self.updates}, saved in {self.folder}: "
+                        "the same command goes on from there"
+                    )
+        self._save()
+        return checkpoint.load(self.folder / "model.pt")
+
+    def _step(self) -> dict[str, Any]:
+        start = time.monotonic()
+        self.model.train()
+        curvature = None
+        if self.plan.curvature_frames:
+            curvature = self.stream.sample(self.plan.curvature_frames, key=self.update)
+        objective = Objective(
+            self.model,
+            self.loss,
+            self.stream.draw(self.plan.gradient_frames),
+            curvature,
+            autocast=torch.bfloat16 if self.plan.autocast else None,
+            seed=hash((self.plan.seed, self.update)) % 2**31,
+        )
+        value = self.optimizer.step(objective)
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self.update += 1
+        self.seconds += time.monotonic() - start
+        self._objectives.append(float(value))
+        diagnosis = self.optimizer.diagnosis if isinstance(self.optimizer, SecondOrder) else None
+        return dict(diagnosis.record()) if diagnosis else {}
+
+    def _mean_objective(self) -> float:
+        """The mean of the updates' own objectives since it was last asked for."""
+        mean = sum(self._objectives) / len(self._objectives)
+        self._objectives.clear()
+        return mean
+
+    def _judge(self) -> dict[str, float]:
+        """Scores on the held-out data, with the parameters kept where they are the best so far."""
+        scores = evaluate(self.model, self.loss, self.held_out, autocast=self.plan.autocast)
+        if scores["loss"] < self.best:
+            self.best = scores["loss"]
+            state = {"model": self.model.state_dict(), "update": self.update, "seconds": self.seconds, **scores}
+            checkpoint.save(state, self.folder / "model.pt")
+        return {f"dev_{name}": value for name, value in scores.items()}
+
+    def _log(self, record: Mapping[str, Any]) -> None:
+        place = {"update": self.update, "epoch": self.stream.epoch, "seconds": self.seconds}
+        self._metrics.append({**place, **record})
+
+    def _save(self) -> None:
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict() if self.scheduler else None,
+            "stream": self.stream.state_dict(),
+            "update": self.update,
+            "seconds": self.seconds,
+            "best": self.best,
+            "objectives": self._objectives,
+        }
+        checkpoint.save(state, self.folder / "state.pt")
+
+    def _load(self) -> None:
+        state = checkpoint.load(self.folder / "state.pt")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        self.stream.load_state_dict(state["stream"])
+        self.update, self.seconds, self.best = state["update"], state["seconds"], state["best"]
+        self._objectives = state["objectives"]
+        self._metrics.truncate_after(self.update)
+        logger.info("going on from update %d of %d in %s", self.update, self.updates, self.folder)
+
+
+@contextmanager
+def _stop_requests() -> Iterator[threading.Event]:
+    """An event set by the first SIGINT or SIGTERM; a second SIGINT interrupts at once. Main thread only."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def request(number: int, _frame: Any) -> None:
+        logger.warning("stopping after this update; interrupt again to stop at once")
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
+        stop.set()
+
+    for number in before:
+        signal.signal(number, request)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

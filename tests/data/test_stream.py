@@ -1,0 +1,302 @@
+from __future__ import annotations
+
+import io
+import json
+import time
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quadric.data.augment import SpecAugment
+from quadric.data.batch import Batch, Example, collate
+from quadric.data.stream import FrameStream
+
+LENGTHS = [7, 1, 23, 12, 5, 30, 18, 9]
+
+
+def made(lengths: Iterable[int], dims: int = 3) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Utterances whose targets number all frames, so that a batch tells which frames it holds."""
+    features, targets, first = {}, {}, 0
+    for n, frames in enumerate(lengths):
+        rng = np.random.default_rng(n)
+        features[f"u{n:02}"] = rng.standard_normal((frames, dims)).astype(np.float32)
+        targets[f"u{n:02}"] = np.arange(first, first + frames)
+        first += frames
+    return features, targets
+
+
+def stream(lengths: Iterable[int] = LENGTHS, **options: Any) -> FrameStream:
+    chosen = {"context": (2, 1), "chunk": 6, "micro_frames": 40, "seed": 5, **options}
+    return FrameStream(*made(lengths), **chosen)
+
+
+def frames_in(batches: Iterable[Batch]) -> list[int]:
+    return [t for batch in batches for t in batch.target.flatten().tolist() if t >= 0]
+
+
+def same(a: list[Batch], b: list[Batch]) -> bool:
+    return len(a) == len(b) and all(
+        torch.equal(x.inputs, y.inputs) and torch.equal(x.target, y.target) and x.frames == y.frames
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+sizes = st.lists(st.integers(1, 30), min_size=1, max_size=8)
+chunk_sizes = st.one_of(st.none(), st.integers(1, 20))
+
+
+@given(lengths=sizes, chunk=chunk_sizes, wanted=st.integers(1, 60), seed=st.integers(0, 2**40))
+def test_every_frame_once_per_epoch(lengths: list[int], chunk: int | None, wanted: int, seed: int) -> None:
+    data = stream(lengths, chunk=chunk, seed=seed)
+    seen: list[int] = []
+    while len(seen) < 3 * data.total_frames:
+        batches = data.draw(wanted)
+        drawn = frames_in(batches)
+        longest = max(lengths) if chunk is None else min(chunk, max(lengths))
+        assert wanted <= len(drawn) < wanted + longest
+        assert len(drawn) == sum(batch.frames for batch in batches)
+        seen += drawn
+        assert data.frames_seen == len(seen)
+        assert data.epoch == len(seen) / data.total_frames
+        counts = Counter(seen)
+        complete = int(data.epoch)
+        assert set(counts.values()) <= {complete, complete + 1}
+        assert complete == 0 or len(counts) == sum(lengths)
+
+
+@given(lengths=sizes, chunk=chunk_sizes, micro=st.integers(20, 50))
+def test_minibatches_fit_and_equal_collate(lengths: list[int], chunk: int | None, micro: int) -> None:
+    data = stream(lengths, chunk=chunk, micro_frames=micro)
+    features, targets = made(lengths)
+    owner = {t: (id, int(t - targets[id][0])) for id in targets for t in targets[id].tolist()}
+    for batch in data.draw(data.total_frames):
+        assert batch.target.numel() <= micro or len(batch.target) == 1
+        examples, windows = [], []
+        for row in batch.target:
+            id, start = owner[int(row[0])]
+            examples.append(Example(id, features[id], targets[id]))
+            windows.append((start, start + int((row >= 0).sum())))
+        assert same([batch], [collate(examples, 2, 1, windows=windows)])
+
+
+def test_whole_utterances_of_similar_length_share_a_minibatch() -> None:
+    lengths = list(np.random.default_rng(0).integers(10, 200, 300))
+    batches = stream(lengths, chunk=None, micro_frames=1000).draw(sum(lengths))
+    assert sum(batch.target.numel() for batch in batches) < 1.05 * sum(lengths)
+
+
+def test_epochs_and_seeds_differ() -> None:
+    total = sum(LENGTHS)
+    # One item per minibatch shows the order: with equal lengths nothing is sorted.
+    even = {"lengths": [6] * 20, "micro_frames": 6}
+    first, second = stream(**even), stream(**{**even, "seed": 6})
+    a, b = frames_in(first.draw(120)), frames_in(first.draw(120))
+    assert sorted(a) == sorted(b) and a != b
+    assert a != frames_in(second.draw(120)) and a == frames_in(stream(**even).draw(120))
+    assert frames_in(stream().draw(total)) != list(range(total))
+
+
+@settings(deadline=None)
+@given(
+    before=st.lists(st.integers(1, 90), max_size=4),
+    after=st.lists(st.integers(1, 90), min_size=1, max_size=4),
+    chunk=chunk_sizes,
+)
+def test_resume_is_bit_identical(before: list[int], after: list[int], chunk: int | None) -> None:
+    options = {"chunk": chunk, "transform": SpecAugment(1, 3, 1, 1)}
+    whole = stream(**options)
+    for frames in before:
+        whole.draw(frames)
+    state = whole.state_dict()
+    saved = io.BytesIO()
+    torch.save(state, saved)
+    saved.seek(0)
+    for restored in (json.loads(json.dumps(state)), torch.load(saved, weights_only=True)):
+        resumed = stream(**{**options, "seed": 99})
+        resumed.draw(17)
+        resumed.load_state_dict(restored)
+        assert (resumed.frames_seen, resumed.state_dict()) == (whole.frames_seen, state)
+    for frames in after:
+        assert same(whole.draw(frames), resumed.draw(frames))
+    assert same(whole.sample(20, 3), resumed.sample(20, 3))
+
+
+def test_transform_acts_on_draws_alone_and_anew_each_time() -> None:
+    plain, masked = stream([30]), stream([30], transform=SpecAugment(1, 5, 1, 2))
+    first, second = masked.draw(30), masked.draw(30)
+    assert not same(first, plain.draw(30))
+    # With one utterance in one minibatch the two epochs differ in order and in masks.
+    assert int((first[0].inputs == 0).sum()) > 0
+    zeros = [int((batch.inputs == 0).sum()) for batch in first + second + masked.draw(30) + masked.draw(30)]
+    assert len(set(zeros)) > 1
+    assert same(masked.sample(30, 0), plain.sample(30, 0))
+    assert same(list(masked.everything()), list(plain.everything()))
+    with pytest.raises(ValueError, match="keep the shape"):
+        stream(transform=lambda inputs, _: inputs[:, 1:]).draw(1)
+
+
+def test_every_minibatch_has_a_generator_of_its_own() -> None:
+    seeds: list[int] = []
+
+    def record(inputs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        seeds.append(generator.initial_seed())
+        return inputs
+
+    data = stream(transform=record)
+    minibatches = sum(len(data.draw(60)) for _ in range(5))
+    assert minibatches > 5 and len(set(seeds)) == minibatches
+
+
+@given(wanted=st.integers(1, 150), key=st.integers(0, 2**33), chunk=chunk_sizes)
+def test_samples_do_not_move_the_stream(wanted: int, key: int, chunk: int | None) -> None:
+    data = stream(chunk=chunk)
+    data.draw(10)
+    before = data.state_dict()
+    sample = data.sample(wanted, key)
+    assert data.state_dict() == before
+    assert same(sample, stream(chunk=chunk).sample(wanted, key))
+    frames = frames_in(sample)
+    assert len(frames) == len(set(frames)) >= min(wanted, data.total_frames)
+    if wanted >= data.total_frames:
+        assert sorted(frames) == list(range(data.total_frames))
+
+
+def test_samples_of_different_keys_and_the_draw_are_independent() -> None:
+    data = stream([6] * 60, micro_frames=6)
+    drawn = {tuple(frames_in(data.sample(60, key))) for key in range(20)}
+    drawn.add(tuple(frames_in(data.draw(60))))
+    assert len(drawn) == 21
+    hits = Counter(t for key in range(300) for t in frames_in(data.sample(60, key)) if t % 6 == 0)
+    assert len(hits) == 60 and max(hits.values()) < 2 * 50
+
+
+def test_everything_is_everything_in_one_order() -> None:
+    for chunk in (None, 6):
+        data = stream(chunk=chunk)
+        first = list(data.everything())
+        data.draw(31)
+        assert same(first, list(data.everything()))
+        assert sorted(frames_in(first)) == list(range(data.total_frames))
+
+
+def test_object_targets() -> None:
+    class Alignment:
+        def __init__(self, frames: int) -> None:
+            self.frames = frames
+
+        def __len__(self) -> int:
+            return self.frames
+
+    features, _ = made(LENGTHS)
+    targets = {id: Alignment(len(rows)) for id, rows in features.items()}
+    data = FrameStream(features, targets, context=(0, 0), chunk=None, micro_frames=64)
+    batches = data.draw(data.total_frames)
+    assert sorted(len(t) for batch in batches for t in batch.target) == sorted(LENGTHS)
+    assert all(batch.frames == sum(len(t) for t in batch.target) for batch in batches)
+    with pytest.raises(ValueError, match="chunk=None"):
+        FrameStream(features, targets, context=(0, 0), chunk=5)
+
+
+def test_memory_mapped_features_and_tensor_targets(tmp_path: Path) -> None:
+    features, targets = made(LENGTHS)
+    mapped = {}
+    for id, rows in features.items():
+        np.save(tmp_path / f"{id}.npy", rows)
+        mapped[id] = np.load(tmp_path / f"{id}.npy", mmap_mode="r")
+    tensors = {id: torch.from_numpy(target) for id, target in targets.items()}
+    options = {"context": (2, 1), "chunk": 6, "micro_frames": 40, "seed": 5}
+    assert same(FrameStream(mapped, tensors, **options).draw(60), stream().draw(60))
+
+
+def test_tolerance_cuts_to_the_shorter() -> None:
+    features, targets = made([10, 10])
+    targets["u00"], features["u01"] = targets["u00"][:8], features["u01"][:9]
+    with pytest.raises(ValueError, match=r"2 utterances .*u00 \(10 and 8\), u01 \(9 and 10\)"):
+        FrameStream(features, targets, context=(0, 0))
+    with pytest.raises(ValueError, match=r"1 utterances .*u00"):
+        FrameStream(features, targets, context=(0, 0), tolerance=1)
+    data = FrameStream(features, targets, context=(0, 0), tolerance=2)
+    assert data.total_frames == 17 and len(frames_in(data.everything())) == 17
+
+
+def test_bad_sets_are_named() -> None:
+    features, targets = made([4, 6, 8])
+    one = {"u00": features["u00"]}
+
+    def refused(message: str, features: Any, targets: Any) -> None:
+        with pytest.raises(ValueError, match=message):
+            FrameStream(features, targets, context=(0, 0))
+
+    refused("empty", {}, {})
+    refused("2 utterances have targets but no features: u01, u02", one, targets)
+    refused("have features but no targets: u01, u02", features, {"u00": targets["u00"]})
+    refused("dimension", {**features, "u01": np.zeros((6, 5), np.float32)}, targets)
+    refused(r"\[T, D\]", {"u00": np.zeros(4)}, {"u00": targets["u00"]})
+    refused("no frames", {"u00": np.zeros((0, 3))}, {"u00": np.zeros(0, int)})
+    refused("integers", one, {"u00": np.zeros(4)})
+    refused("integers", one, {"u00": np.array(4)})
+    refused("negative", one, {"u00": np.array([0, 1, -1, 2])})
+    refused("mixes", features, {**targets, "u01": "abcdef"})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"context": (-1, 0)}, "context"),
+        ({"micro_frames": 0, "chunk": None}, "micro_frames"),
+        ({"micro_frames": 5, "chunk": 6}, "chunk is 6"),
+        ({"chunk": 0}, "chunk is 0"),
+        ({"seed": -1}, "seed"),
+        ({"tolerance": -1}, "tolerance"),
+    ],
+)
+def test_bad_sizes_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        stream(**options)
+
+
+def test_bad_requests_are_named() -> None:
+    data = stream()
+    for frames in (0, -3):
+        with pytest.raises(ValueError, match="frames is"):
+            data.draw(frames)
+        with pytest.raises(ValueError, match="frames is"):
+            data.sample(frames, 0)
+    with pytest.raises(ValueError, match="key"):
+        data.sample(1, -1)
+
+
+def test_a_state_of_another_stream_is_refused() -> None:
+    state = stream().state_dict()
+    with pytest.raises(ValueError, match="other utterances"):
+        stream([*LENGTHS[:-1], 10]).load_state_dict(state)
+    with pytest.raises(ValueError, match="chunk=6"):
+        stream(chunk=7).load_state_dict(state)
+    with pytest.raises(ValueError, match="lacks position, seed"):
+        stream().load_state_dict({k: v for k, v in state.items() if k not in ("seed", "position")})
+    with pytest.raises(ValueError, match="damaged"):
+        stream().load_state_dict({**state, "position": 10**6})
+
+
+def test_a_long_utterance_has_its_own_minibatch() -> None:
+    batches = stream([100, 10, 10], chunk=None, micro_frames=30).draw(120)
+    assert [tuple(batch.target.shape) for batch in batches] == [(1, 100), (2, 10)]
+
+
+def test_throughput_feeds_a_model() -> None:
+    """At least 300,000 frames a second on one core, at 40 dimensions, windows of 50 frames and context 10."""
+    features, targets = made([400] * 500, dims=40)
+    data = FrameStream(features, targets, context=(10, 10), chunk=50, micro_frames=4000)
+    best = 0.0
+    for _ in range(3):
+        begin = time.perf_counter()
+        frames = sum(batch.frames for batch in data.draw(100_000))
+        best = max(best, frames / (time.perf_counter() - begin))
+    assert best > 300_000

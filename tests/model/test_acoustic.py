@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import functional_call, jvp
+
+from quadric.model.acoustic import DNN, SHIFTS, TDNN, Activation, log_likelihoods, log_priors, splice
+
+GAPPED = ((-2, 0, 1), (-1, 2), (0,))
+
+
+def small(activation: Activation = "tanh", **options: object) -> TDNN:
+    model = TDNN(3, 4, [5, 6, 5], offsets=GAPPED, activation=activation, **options).double()  # type: ignore[arg-type]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def padded(model: TDNN, batch: int, frames: int) -> Tensor:
+    return torch.randn(batch, model.left_context + frames + model.right_context, model.inputs, dtype=torch.float64)
+
+
+def frame_by_frame(model: TDNN, inputs: Tensor) -> Tensor:
+    """The slow twin: every output frame by recursion through the layers, one vector at a time."""
+
+    def value(utterance: Tensor, layer: int, time: int) -> Tensor:
+        if layer == 0:
+            return utterance[time]
+        module = model.hidden[layer - 1]
+        parts = [value(utterance, layer - 1, time + offset) for offset in module.offsets]
+        z = module.linear.weight @ torch.cat(parts) + module.linear.bias
+        return {"relu": torch.relu, "sigmoid": torch.sigmoid, "tanh": torch.tanh}[module.activation](z)
+
+    times = range(model.left_context, inputs.shape[1] - model.right_context)
+    rows = [torch.stack([model.output(value(u, len(model.hidden), t)) for t in times]) for u in inputs]
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("activation", ["relu", "sigmoid", "tanh"])
+def test_equals_the_network_computed_frame_by_frame(activation: Activation) -> None:
+    for model in (small(activation), DNN(3, 4, [5, 6], context=(2, 1), activation=activation).double()):
+        inputs = padded(model, 2, 3)
+        torch.testing.assert_close(model(inputs), frame_by_frame(model, inputs))
+
+
+def test_default_shifts_are_those_of_the_paper() -> None:
+    model = TDNN(40, 10, [8] * 5)
+    assert (model.left_context, model.right_context) == (2 + 1 + 3 + 7, 2 + 2 + 3 + 2)
+    assert [layer.offsets for layer in model.hidden] == list(SHIFTS)
+
+
+@pytest.mark.parametrize("context", [(0, 0), (3, 1), (0, 2), 2])
+def test_dnn_context(context: tuple[int, int] | int) -> None:
+    left, right = context if isinstance(context, tuple) else (context, context)
+    model = DNN(3, 4, [5, 5], context=context)
+    assert (model.left_context, model.right_context) == (left, right)
+    assert model(torch.zeros(1, left + 6 + right, 3)).shape == (1, 6, 4)
+
+
+def test_context_is_exact_at_both_ends() -> None:
+    model = small()
+    inputs = padded(model, 1, 9)
+    centre = model.left_context + 4
+    before = model(inputs)[0, 4]
+
+    def changes(frame: int) -> bool:
+        other = inputs.clone()
+        other[0, frame] += 1.0
+        return not torch.equal(model(other)[0, 4], before)
+
+    assert changes(centre - model.left_context)
+    assert changes(centre + model.right_context)
+    assert not changes(centre - model.left_context - 1)
+    assert not changes(centre + model.right_context + 1)
+
+
+@pytest.mark.parametrize("norm", ["none", "layer"])
+def test_a_frame_scores_the_same_in_every_batch_and_chunk(norm: str) -> None:
+    model = small(norm=norm)
+    inputs = padded(model, 4, 10)
+    together = model(inputs)
+    for b in range(4):
+        torch.testing.assert_close(model(inputs[b : b + 1])[0], together[b], rtol=1e-12, atol=1e-12)
+    window = inputs[:, 3 : 3 + model.left_context + 2 + model.right_context]
+    torch.testing.assert_close(model(window), together[:, 3:5], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "tanh"])
+@pytest.mark.parametrize("norm", ["none", "layer"])
+def test_gradients_to_second_order(activation: Activation, norm: str) -> None:
+    model = TDNN(2, 2, [3, 2], offsets=[(-1, 0), (0, 1)], activation=activation, norm=norm).double()  # type: ignore[arg-type]
+    names = [name for name, _ in model.named_parameters()]
+    values = [p.detach().requires_grad_() for p in model.parameters()]
+    inputs = padded(model, 1, 2).requires_grad_()
+
+    def run(x: Tensor, *parameters: Tensor) -> Tensor:
+        return functional_call(model, dict(zip(names, parameters, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(run, (inputs, *values))
+    assert torch.autograd.gradgradcheck(run, (inputs, *values))
+
+
+@pytest.mark.parametrize("activation", ["relu", "sigmoid", "tanh"])
+@pytest.mark.parametrize("norm", ["none", "layer"])
+def test_jvp_agrees_with_double_backward(activation: Activation, norm: str) -> None:
+    model = small(activation, norm=norm)
+    inputs = padded(model, 2, 3)
+    theta = {name: p.detach() for name, p in model.named_parameters()}
+    v = {name: torch.randn_like(p) for name, p in theta.items()}
+    _, forward = jvp(lambda parameters: functional_call(model, parameters, (inputs,)), (theta,), (v,))
+
+    # J v as the derivative of u -> J' u, which is linear, in the direction v.
+    output = model(inputs)
+    u = torch.zeros_like(output, requires_grad=True)
+    pulled = torch.autograd.grad(output, list(model.parameters()), u, create_graph=True)
+    (double,) = torch.autograd.grad(pulled, u, list(v.values()))
+    torch.testing.assert_close(forward, double)
+
+
+def test_starts_near_the_priors() -> None:
+    prior = torch.tensor([0.6, 0.3, 0.1])
+    for activation in ("relu", "sigmoid", "tanh"):
+        model = TDNN(10, 3, [64] * 5, activation=activation)  # type: ignore[arg-type]
+        model.initialise_output_bias(prior.log())
+        posterior = model(torch.randn(20, 30, 10)).softmax(-1).mean((0, 1))
+        torch.testing.assert_close(posterior, prior, rtol=0.0, atol=0.1)
+
+
+@pytest.mark.parametrize("activation", ["relu", "sigmoid", "tanh"])
+def test_the_signal_survives_the_initial_layers(activation: Activation) -> None:
+    model = TDNN(40, 3, [200] * 5, activation=activation)
+    h = torch.randn(10, 40, 40)
+    for layer in model.hidden:
+        h = layer(h)
+    assert h.std(dim=(0, 1)).mean() > 0.1
+
+
+def test_dropout_acts_only_in_training() -> None:
+    model = small(dropout=0.5)
+    inputs = padded(model, 1, 5)
+    assert not torch.equal(model(inputs), model(inputs))
+    model.eval()
+    assert torch.equal(model(inputs), model(inputs))
+
+
+def test_log_likelihoods_are_posteriors_over_priors() -> None:
+    logits, prior = torch.randn(2, 3, 4, dtype=torch.float64), torch.tensor([0.1, 0.2, 0.3, 0.4]).double()
+    expected = (logits.exp() / logits.exp().sum(-1, keepdim=True) / prior).log()
+    torch.testing.assert_close(log_likelihoods(logits, prior.log()), expected)
+    torch.testing.assert_close(log_likelihoods(logits[0], prior.log()), expected[0])
+
+
+def test_log_priors_floor_the_unseen() -> None:
+    prior = log_priors(torch.tensor([90, 10, 0]), floor=1e-3).exp()
+    assert math.isclose(float(prior.sum()), 1.0)
+    assert math.isclose(float(prior[2]), 1e-3, rel_tol=2e-3)
+    with pytest.raises(ValueError, match="counts"):
+        log_priors(torch.zeros(3))
+    with pytest.raises(ValueError, match="floor"):
+        log_priors(torch.ones(3), floor=0.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sizes": []}, "sizes"),
+        ({"sizes": [4, 0]}, "sizes"),
+        ({"inputs": 0}, "inputs"),
+        ({"outputs": 0}, "outputs"),
+        ({"offsets": SHIFTS}, "5 rows for 2"),
+        ({"offsets": [(0,), ()]}, r"offsets\[1\]"),
+        ({"offsets": [(1, 0), (0,)]}, "ascending"),
+        ({"offsets": [(0, 0), (0,)]}, "distinct"),
+        ({"offsets": [(1, 2), (0,)]}, "at most 0"),
+        ({"activation": "swish"}, "activation"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"norm": "batch"}, "norm"),
+    ],
+)
+def test_misuse_is_named(options: dict[str, object], message: str) -> None:
+    good = {"inputs": 3, "outputs": 2, "sizes": [4, 4], "offsets": [(-1, 0), (0,)]}
+    with pytest.raises(ValueError, match=message):
+        TDNN(**{**good, **options})  # type: ignore[arg-type]
+
+
+def test_bad_contexts_inputs_and_priors_are_named() -> None:
+    with pytest.raises(ValueError, match="context"):
+        DNN(3, 2, [4], context=(-1, 0))
+    with pytest.raises(ValueError, match="sizes"):
+        DNN(3, 2, [])
+    model = DNN(3, 2, [4], context=2)
+    with pytest.raises(ValueError, match="takes 5"):
+        model(torch.zeros(1, 4, 3))
+    with pytest.raises(ValueError, match="B, frames, 3"):
+        model(torch.zeros(1, 5, 4))
+    with pytest.raises(ValueError, match="B, frames, 3"):
+        model(torch.zeros(5, 3))
+    with pytest.raises(ValueError, match="log_prior"):
+        model.initialise_output_bias(torch.zeros(3))
+    with pytest.raises(ValueError, match="floor"):
+        log_likelihoods(torch.zeros(1, 1, 2), torch.tensor([0.0, -math.inf]))
+
+
+def test_splice_of_one_frame_is_a_view() -> None:
+    x = torch.randn(2, 3, 4)
+    assert splice(x, (0,)).data_ptr() == x.data_ptr()

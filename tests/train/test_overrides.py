@@ -1,0 +1,83 @@
+"""Dotted overrides: typed, checked, with suggestions."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+
+from quadric.train.overrides import convert, options, override
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    depth: int = 1
+
+    def __post_init__(self) -> None:
+        if self.depth < 0:
+            raise ValueError(f"depth={self.depth}: must not be negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    rate: float = 1.0
+    sizes: tuple[int, ...] = (1,)
+    nested: tuple[tuple[int, ...], ...] = ()
+    path: Path = Path("x")
+    kind: Literal["a", "b"] = "a"
+    name: str = "n"
+    inner: Inner = Inner()
+    maybe: Inner | None = None
+    optimizer: type[torch.optim.Optimizer] = torch.optim.Adam
+
+
+def test_values_take_the_fields_types() -> None:
+    changed = override(
+        Outer(),
+        ["rate=1e-3", "sizes=[4, 5]", "nested=[[1],[2,3]]", "path=a/b", "kind=b", "name=12", "inner.depth=7"],
+    )
+    assert changed == Outer(1e-3, (4, 5), ((1,), (2, 3)), Path("a/b"), "b", "12", Inner(7))
+
+
+def test_an_absent_group_comes_to_life_and_goes() -> None:
+    alive = override(Outer(), ["maybe.depth=3"])
+    assert alive.maybe == Inner(3)
+    assert override(alive, ["maybe=none"]).maybe is None
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("rate", "has no '='"),
+        ("rat=1", "did you mean rate"),
+        ("rate=fast", "rate=fast.*number"),
+        ("sizes=3", "sizes=3.*tuple"),
+        ("kind=c", "'a' or 'b'"),
+        ("inner.depht=3", "did you mean depth"),
+        ("inner.depth=-1", "depth=-1: must not be negative"),
+        ("inner=3", "a group of options.*inner.depth=value"),
+        ("name.first=3", "name.first"),
+    ],
+)
+def test_errors_name_the_option_and_the_remedy(assignment: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        override(Outer(), [assignment])
+
+
+def test_options_lists_the_leaves() -> None:
+    listed = dict(options(Outer()))
+    assert listed["inner.depth"] == 1
+    assert listed["maybe"] is None
+    assert "inner" not in listed
+    for path, value in listed.items():  # what is listed can be said again
+        if path != "optimizer" and value is not None:
+            text = str(list(map(list, value)) if path == "nested" else list(value) if isinstance(value, tuple) else value)
+            assert override(Outer(), [f"{path}={text}"]) == Outer()
+
+
+def test_convert_reads_paths_and_numbers() -> None:
+    assert convert(Path, "a/b", "data") == Path("a/b")
+    assert convert(int | None, "none", "n") is None

@@ -1,0 +1,149 @@
+"""The training loop: it learns, keeps the best, stops on request, and resumes to the bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from quadric.data.augment import SpecAugment
+from quadric.data.stream import FrameStream
+from quadric.loss.loss import CrossEntropy
+from quadric.model.acoustic import TDNN
+from quadric.optim.second_order import hessian_free
+from quadric.train import checkpoint
+from quadric.train.metrics import MetricsLog
+from quadric.train.trainer import Interrupted, Plan, Trainer, evaluate
+
+CLASSES = 5
+
+
+def _adam(model: nn.Module) -> Optimizer:
+    return torch.optim.Adam(model.parameters(), lr=2e-2)
+
+
+def _hessian_free(model: nn.Module) -> Optimizer:
+    return hessian_free(model.parameters(), max_steps=10)
+
+
+METHODS = {
+    "adam": (_adam, Plan(epochs=4, gradient_frames=100, evaluations=5, seed=3)),
+    "hessian_free": (_hessian_free, Plan(epochs=4, gradient_frames=400, curvature_frames=150, evaluations=5, seed=3)),
+}
+
+
+def _stream(seed: int, utterances: int, transform: SpecAugment | None = None) -> FrameStream:
+    """Frames whose class is written in them, under noise."""
+    rng = np.random.default_rng(seed)
+    targets = {f"u{i}": rng.integers(0, CLASSES, 40) for i in range(utterances)}
+    noise = {id: rng.normal(size=(40, CLASSES)).astype(np.float32) for id in targets}
+    features = {id: noise[id] + 2 * np.eye(CLASSES, dtype=np.float32)[target] for id, target in targets.items()}
+    return FrameStream(features, targets, context=(2, 2), chunk=20, micro_frames=60, seed=1, transform=transform)
+
+
+def _trainer(folder: Path, method: str) -> Trainer:
+    torch.manual_seed(7)
+    model = TDNN(CLASSES, CLASSES, [16, 16], offsets=[(-1, 0, 1), (-1, 1)], dropout=0.2)
+    build, plan = METHODS[method]
+    schedule: Callable[[Optimizer, int], LambdaLR] = lambda o, n: LambdaLR(o, lambda u: 1 - 0.5 * u / n)  # noqa: E731
+    transform = SpecAugment(1, 3, 1, 1)
+    return Trainer(
+        model, CrossEntropy(), build(model), _stream(0, 30, transform), _stream(1, 5), plan, folder, schedule=schedule
+    )
+
+
+def _interrupting_at(update: int) -> Callable[..., Iterable[int]]:
+    """A progress that presses Ctrl-C as the update begins."""
+
+    def progress(items: Iterable[int], *, total: int | None, what: str) -> Iterable[int]:
+        for item in items:
+            if item == update:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield item
+
+    return progress
+
+
+def _without_time(records: Iterable[dict]) -> list[dict]:
+    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_learns_and_keeps_the_best(tmp_path: Path, method: str) -> None:
+    trainer = _trainer(tmp_path, method)
+    before = evaluate(trainer.model, trainer.loss, trainer.held_out)
+    best = trainer.fit()
+    losses = [r["dev_loss"] for r in MetricsLog(tmp_path / "metrics.jsonl").records() if "dev_loss" in r]
+    assert losses[0] == pytest.approx(before["loss"])
+    assert best["loss"] == min(losses) < 0.6 * before["loss"]
+    assert best["accuracy"] > 0.7
+    assert trainer.stream.epoch == pytest.approx(4, abs=0.2)
+    trainer.model.load_state_dict(best["model"])
+    assert evaluate(trainer.model, trainer.loss, trainer.held_out)["loss"] == pytest.approx(best["loss"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resume_equals_no_interruption(tmp_path: Path, method: str) -> None:
+    straight = _trainer(tmp_path / "straight", method)
+    straight.fit()
+    broken = _trainer(tmp_path / "broken", method)
+    middle = straight.updates // 2
+    with pytest.raises(Interrupted, match=f"update {middle + 1} of {straight.updates}"):
+        broken.fit(progress=_interrupting_at(middle))
+    assert 0 < broken.stream.epoch % 1 < 1  # in the middle of an epoch
+    resumed = _trainer(tmp_path / "broken", method)
+    resumed.fit()
+    for a, b in zip(straight.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    records = [MetricsLog(tmp_path / name / "metrics.jsonl").records() for name in ("straight", "broken")]
+    assert _without_time(records[0]) == _without_time(records[1])
+    models = [checkpoint.load(tmp_path / name / "model.pt") for name in ("straight", "broken")]
+    assert models[0]["update"] == models[1]["update"]
+    assert all(torch.equal(models[0]["model"][key], value) for key, value in models[1]["model"].items())
+
+
+def test_a_killed_process_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; import quadric.train.trainer as t; t.CHECKPOINT_SECONDS = 0.0\n"
+        "sys.path.insert(0, sys.argv[2]); from train.test_trainer import _trainer\n"
+        "_trainer(Path(sys.argv[1]), 'adam').fit()\n"
+    )
+    tests = str(Path(__file__).parents[1])
+    process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "killed"), tests])
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "killed" / "state.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    resumed = _trainer(tmp_path / "killed", "adam")
+    resumed.fit()
+    straight = _trainer(tmp_path / "straight", "adam")
+    straight.fit()
+    for a, b in zip(straight.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_finished_training_is_not_repeated(tmp_path: Path) -> None:
+    first = _trainer(tmp_path, "adam")
+    best = first.fit()
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    again = _trainer(tmp_path, "adam").fit()
+    assert again["update"] == best["update"]
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("option", ["epochs", "gradient_frames", "evaluations"])
+def test_plan_names_what_is_wrong(option: str) -> None:
+    with pytest.raises(ValueError, match=f"{option}=0"):
+        Plan(**{"epochs": 1, "gradient_frames": 1, option: 0})
