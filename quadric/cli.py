@@ -12,7 +12,7 @@ from typing import Any
 try:
     from quadric.recipes import RECIPES
     from quadric.speech.corpus import read_data_dir
-    from quadric.speech.scoring import read_text, score, write_text
+    from quadric.speech.scoring import read_text, score
     from quadric.train.console import bar, logged
     from quadric.train.overrides import convert, options, override
     from quadric.train.pipeline import decode_directory, report, run
@@ -70,7 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     decode.add_argument("system", type=Path, help="a trained system, such as exp/digits/adam/system")
     decode.add_argument("data", type=Path, help="a Kaldi data directory")
-    decode.add_argument("--out", type=Path, required=True, help="folder for text, per_utt, per_spk, hyp.trn, ref.trn, hyp.ctm")
+    decode.add_argument(
+        "--out", type=Path, required=True, help="folder for text, per_utt, per_spk, hyp.trn, ref.trn, hyp.ctm"
+    )
     decode.add_argument("--lm-weight", type=float, help="language-model weight (default: the system's)")
     decode.add_argument("--word-penalty", type=float, help="cost of a word, in nats (default: the system's)")
     decode.add_argument("--allow-commands", action="store_true", help="run the shell commands of wav.scp")

@@ -54,7 +54,7 @@ class Path:
 
     @property
     def steps(self) -> int:
-        """Products with A that were made."""
+        """Products with A that led to the last point."""
         return self.last.step
 
 
@@ -138,18 +138,17 @@ class ConjugateGradient:
             M: the action of the preconditioner's INVERSE, symmetric positive definite.
 
         Raises:
-            ValueError: A is not declared symmetric, or shapes do not agree.
+            ValueError: A or M is not declared symmetric, or shapes do not agree.
         """
-        if not A.symmetric:
-            raise ValueError("A is not symmetric: conjugate gradients would not solve it; symmetrise A first")
         M = M or Identity(A.size)
+        _check(A, b, M)
+        if not bool(b.any()):
+            yield Iterate(0, torch.zeros_like(b), 0.0, 0.0)
+            yield Outcome.ZERO_RIGHT_HAND_SIDE
+            return
         warm = x0 is not None and bool(x0.any())
         x = x0.clone() if warm and x0 is not None else torch.zeros_like(b)
         r = b - A @ x if warm else b.clone()
-        if not warm and not bool(b.any()):
-            yield Iterate(0, x, 0.0, 0.0)
-            yield Outcome.ZERO_RIGHT_HAND_SIDE
-            return
         z = M @ r
         p, rz = z, dot(r, z)
         models, residuals = [-0.5 * dot(x, b + r)], [math.sqrt(dot(r, r))]
@@ -163,7 +162,7 @@ class ConjugateGradient:
             if not math.isfinite(pAp) or not math.isfinite(rz):
                 yield Outcome.NON_FINITE
                 return
-            if pAp <= 0:
+            if pAp <= 0 or rz <= 0:  # the second: of the preconditioner
                 yield Outcome.NEGATIVE_CURVATURE
                 return
             alpha = rz / pAp
@@ -174,6 +173,9 @@ class ConjugateGradient:
             p = z + (rz / previous) * p
             models.append(-0.5 * dot(x, b + r))
             residuals.append(math.sqrt(dot(r, r)))
+            if not math.isfinite(models[-1]):
+                yield Outcome.NON_FINITE
+                return
             yield Iterate(step, x, models[-1], residuals[-1])
             if outcome := self.stop.reached(models, residuals):
                 yield outcome
@@ -202,3 +204,15 @@ class ConjugateGradient:
                 while math.ceil(store_at) <= item.step:
                     store_at *= self.storage_ratio
         raise AssertionError("iterates() ended without an outcome")
+
+
+def _check(A: LinearOperator, b: Tensor, M: LinearOperator) -> None:
+    for name, operator in (("A", A), ("M", M)):
+        if not operator.symmetric:
+            raise ValueError(
+                f"{name} is not symmetric: conjugate gradients would not solve it; symmetrise {name} first"
+            )
+    if b.shape != (A.size,) or M.size != A.size:
+        raise ValueError(
+            f"b has shape {tuple(b.shape)} and M size {M.size}, A acts on ({A.size},): give all three one size"
+        )

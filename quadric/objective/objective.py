@@ -19,7 +19,8 @@ from quadric.loss.loss import Loss
 from quadric.objective.curvature import GaussNewton, Linearisation
 from quadric.space import ParameterSpace
 
-MicroBatch = tuple[Tensor, Any]
+MicroBatch = Sequence[Any]
+"""``(inputs, target, ...)``: a tensor the model is called with, its target, and what more there is."""
 
 
 class Objective:
@@ -137,6 +138,10 @@ class Objective:
 @contextmanager
 def _random_numbers(seed: int, device: torch.device) -> Iterator[None]:
     """Random layers inside draw the numbers of ``seed``; the numbers outside go on as if nothing had been drawn."""
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        generators.append(torch.cuda.default_generators[device.index])
     with torch.random.fork_rng([device] if device.type != "cpu" else [], device_type=device.type):
-        torch.manual_seed(seed)
+        for generator in generators:  # not torch.manual_seed, which would reseed every other device as well
+            generator.manual_seed(seed)
         yield

@@ -27,7 +27,6 @@ class Step:
         model: the damped q of the path's point, before scaling.
         point: index of the path's point the step comes from.
         scale: what the line search multiplied the point by.
-        evaluations: of the objective, spent on the search.
     """
 
     direction: Float[Tensor, " n"]
@@ -35,7 +34,6 @@ class Step:
     model: float
     point: int
     scale: float
-    evaluations: int
 
 
 class Search(ABC):
@@ -55,7 +53,7 @@ class Backtracking(Search):
     Attributes:
         sufficient: Armijo's constant: f(theta + a d) <= f(theta) + sufficient * a * g'd.
         shrink: the factor of a.
-        attempts: halvings at most before the step is rejected.
+        attempts: scales tried at most, the full step first, before the step is rejected.
     """
 
     sufficient: float = 1e-2
@@ -67,11 +65,7 @@ class Backtracking(Search):
             raise ValueError(f"shrink={self.shrink}: a factor between 0 and 1")
 
     def select(self, local: LocalModel, path: Path, value: Value) -> Step | None:
-        evaluations = 0
-
         def at(step: Tensor) -> float:
-            nonlocal evaluations
-            evaluations += 1
             found = value(local.theta + step)
             return found if math.isfinite(found) else math.inf
 
@@ -82,14 +76,15 @@ class Backtracking(Search):
         best = at(point.x)
         for earlier, candidate in reversed(candidates):
             found = at(candidate.x)
-            if found >= best:
+            if found >= best < math.inf:
                 break
             index, point, best = earlier, candidate, found
 
         slope, scale = dot(local.gradient, point.x), 1.0
-        for _ in range(self.attempts):
+        for attempt in range(self.attempts):
+            if attempt:
+                scale *= self.shrink
+                best = at(scale * point.x)
             if best <= local.value + self.sufficient * scale * min(slope, 0.0) and best < local.value:
-                return Step(scale * point.x, best, point.model, index, scale, evaluations)
-            scale *= self.shrink
-            best = at(scale * point.x)
+                return Step(scale * point.x, best, point.model, index, scale)
         return None

@@ -19,7 +19,7 @@ from quadric.linalg.krylov import ConjugateGradient, Path, RelativeProgress, dot
 from quadric.objective.objective import Objective
 from quadric.optim.damping import Damping, LevenbergMarquardt
 from quadric.optim.descent import Descent, LocalModel, NewtonCG
-from quadric.optim.search import Backtracking, Search, Step
+from quadric.optim.search import Backtracking, Search, Step, Value
 from quadric.outcome import Outcome
 from quadric.space import ParameterSpace
 
@@ -30,7 +30,7 @@ class Diagnosis:
 
     Attributes:
         value: the objective before the step, on the step's own data.
-        new_value: after it (the same when the step was rejected).
+        new_value: at theta + d, that is after a step with an ``lr`` of 1 (the same when the step was rejected).
         gradient_norm: ||g||.
         step_norm: ||d||, 0 when rejected.
         ratio: actual over predicted reduction, (f(theta + d) - f(theta)) / q(d); NaN when rejected.
@@ -81,6 +81,11 @@ class SecondOrder(torch.optim.Optimizer):
         self.descent, self.search, self.rule = descent, search, damping
         self.diagnosis: Diagnosis | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy needs: the parts beside what torch keeps."""
+        parts = {"descent": self.descent, "search": self.search, "rule": self.rule, "diagnosis": self.diagnosis}
+        return {**super().__getstate__(), **parts}
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> Tensor:  # type: ignore[override]
         """One step; returns the objective's value before it.
@@ -98,13 +103,14 @@ class SecondOrder(torch.optim.Optimizer):
             path = self.descent.propose(local, damping=damping, x0=self._previous(space))
         else:
             path = Path((), Outcome.NON_FINITE)
-        step = self.search.select(local, path, objective.value)
+        search = _Counted(objective.value)
+        step = self.search.select(local, path, search)
         ratio = self._ratio(local, step, damping)
         if step is not None:
             self._move(space, step.direction)
         self._remember(space, path.points[-1].x if path.points and step is not None else None)
         self.param_groups[0]["damping"] = self.rule.update(damping, ratio)
-        self.diagnosis = _diagnose(local, path, step, ratio, damping)
+        self.diagnosis = _diagnose(local, path, step, ratio, damping, search.calls)
         return torch.tensor(value, dtype=torch.float64)
 
     def _checked(self, closure: Any) -> Objective:
@@ -149,7 +155,20 @@ class SecondOrder(torch.optim.Optimizer):
             self.state[parameter]["proposal"] = piece.clone()
 
 
-def _diagnose(local: LocalModel, path: Path, step: Step | None, ratio: float, damping: float) -> Diagnosis:
+class _Counted:
+    """The objective's value, counting its evaluations."""
+
+    def __init__(self, value: Value) -> None:
+        self.value, self.calls = value, 0
+
+    def __call__(self, theta: Float[Tensor, " n"]) -> float:
+        self.calls += 1
+        return self.value(theta)
+
+
+def _diagnose(
+    local: LocalModel, path: Path, step: Step | None, ratio: float, damping: float, evaluations: int
+) -> Diagnosis:
     if step is not None:
         outcome = Outcome.ACCEPTED
     elif path.points and path.outcome is not Outcome.ZERO_RIGHT_HAND_SIDE:
@@ -164,7 +183,7 @@ def _diagnose(local: LocalModel, path: Path, step: Step | None, ratio: float, da
         ratio=ratio,
         damping=damping,
         solver_steps=path.steps if path.points else 0,
-        evaluations=0 if step is None else step.evaluations,
+        evaluations=evaluations,
         solver=path.outcome,
         outcome=outcome,
     )

@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -29,26 +29,26 @@ _MARKED = 12
 # Colours no chart uses otherwise, each standing for a property of the page.
 _INK, _FAINT = "#0a0b0c", "#0a0b0d"
 _PLACEHOLDERS = {_INK: "ink-soft", _FAINT: "line"} | {f"#0a0c0{i}": f"series-{i}" for i in range(1, COLOURS + 1)}
-_STYLE = {
-    "svg.fonttype": "none",
-    "font.size": 10.0,
-    "axes.facecolor": "none",
-    "figure.facecolor": "none",
-    "axes.edgecolor": _FAINT,
-    "axes.labelcolor": _INK,
-    "xtick.color": _FAINT,
-    "ytick.color": _FAINT,
-    "xtick.labelcolor": _INK,
-    "ytick.labelcolor": _INK,
-    "axes.grid": True,
-    "grid.color": _FAINT,
-    "grid.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "axes.unicode_minus": True,
-    "lines.solid_capstyle": "round",
-}
+_STYLE: tuple[tuple[Any, Any], ...] = (
+    ("svg.fonttype", "none"),
+    ("font.size", 10.0),
+    ("axes.facecolor", "none"),
+    ("figure.facecolor", "none"),
+    ("axes.edgecolor", _FAINT),
+    ("axes.labelcolor", _INK),
+    ("xtick.color", _FAINT),
+    ("ytick.color", _FAINT),
+    ("xtick.labelcolor", _INK),
+    ("ytick.labelcolor", _INK),
+    ("axes.grid", True),
+    ("grid.color", _FAINT),
+    ("grid.linewidth", 0.6),
+    ("axes.spines.top", False),
+    ("axes.spines.right", False),
+    ("axes.spines.left", False),
+    ("axes.unicode_minus", True),
+    ("lines.solid_capstyle", "round"),
+)
 
 Scale = Literal["linear", "log", "counts"]
 """Of an axis; ``"counts"`` is logarithmic and has room for zero."""
@@ -99,23 +99,30 @@ def line_chart(
         x_label: under the abscissa.
         y_label: above the ordinate.
         x_scale: of the abscissa.
-        y_scale: of the ordinate.
+        y_scale: of the ordinate; ``"log"`` is linear where a value is not positive.
         y_range: values outside are cut off; the axis is no longer than the values need.
     """
-    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        for key, value in _STYLE:
+            matplotlib.rcParams[key] = value
+        matplotlib.rcParams["svg.hashsalt"] = name
         figure = Figure(figsize=(5.6, 3.1), layout="constrained")
         axes = figure.add_subplot()
         for line in lines:
             _draw(axes, line)
+        if y_scale == "log" and any(y <= 0 for line in lines for y in line.y):
+            y_scale = "linear"
         _scale(axes, "x", x_scale)
         _scale(axes, "y", y_scale)
         axes.tick_params(length=0)
         axes.grid(axis="x", visible=False)
         axes.set_xlabel(x_label)
-        axes.set_title(y_label, loc="left", fontsize=10.0, color=_INK)
+        axes.set_title(y_label, loc="left", fontsize=10.0, color=_INK, pad=9.0)
         if y_range is not None:
-            low, high = axes.get_ylim()
-            axes.set_ylim(max(low, y_range[0]), min(high, y_range[1]))
+            low, high = max(axes.get_ylim()[0], y_range[0]), min(axes.get_ylim()[1], y_range[1])
+            if low < high:
+                axes.set_ylim(low, high)
         return _svg(figure, name)
 
 
@@ -142,7 +149,7 @@ def _scale(axes: Axes, which: Literal["x", "y"], scale: Scale) -> None:
     elif scale == "log":
         set_scale("log")
     if scale != "linear":
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if abs(value) < 1e4 else f"{value:.0e}"))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value < 1e5 else f"{value:.0e}"))
 
 
 def _svg(figure: Figure, name: str) -> str:

@@ -7,7 +7,6 @@ import difflib
 import json
 import typing
 from collections.abc import Iterable
-from functools import lru_cache
 from typing import Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -72,7 +71,7 @@ def _replace(record: Any, keys: list[str], text: str, path: str) -> Any:
 def _default(record: Any, name: str, path: str) -> Any:
     """A fresh record for an option that is None, when its type is a record that needs no argument."""
     for kind in typing.get_args(_hints(type(record))[name]):
-        if dataclasses.is_dataclass(kind):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             return kind()
     raise ValueError(f"{path}: {name} is None and has no options of its own")
 
@@ -109,6 +108,5 @@ def _name(kind: Any) -> str:
     return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind).replace("typing.", "")
 
 
-@lru_cache
 def _hints(kind: type) -> dict[str, Any]:
     return typing.get_type_hints(kind)

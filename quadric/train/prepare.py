@@ -5,19 +5,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from quadric.progress import Progress
 from quadric.speech.corpus import Corpus, perturb_speed
-from quadric.speech.features import add_deltas, extract, normalise
+from quadric.speech.features import extract
 from quadric.speech.language_model import NGram
 from quadric.speech.lexicon import Lexicon, read_lexicon
+from quadric.speech.normalisation import add_deltas, normalise
 from quadric.speech.synthesis import DIGIT_LEXICON
 from quadric.train.recipe import Job
 from quadric.train.sources import SPLITS, Material, Split
-from quadric.train.stages import Stages
+from quadric.train.stages import Stages, digest
 from quadric.train.system import Front
 
 logger = logging.getLogger(__name__)
@@ -44,6 +46,12 @@ class Prepared:
     lexicon: Lexicon
     arpa: Path
     perplexity: Mapping[Split, float]
+
+    @cached_property
+    def key(self) -> str:
+        """Names what is said, how it sounds and which words there are."""
+        corpora = [self.corpora[split].utterances for split in SPLITS]
+        return digest(corpora, dict(self.features["train"]), dict(self.features["dev"]), self.lexicon)
 
     @property
     def dimension(self) -> int:
@@ -77,9 +85,7 @@ def prepare(job: Job, stages: Stages, progress: Progress) -> Prepared:
             split, len(corpus), len(corpus.speakers), frames / 360_000, sum(corpus.word_counts().values()),
             perplexity[split],
         )  # fmt: skip
-    return Prepared(
-        corpora, perturbed or corpora["train"], features, front, lexicon, arpa, perplexity
-    )
+    return Prepared(corpora, perturbed or corpora["train"], features, front, lexicon, arpa, perplexity)
 
 
 def make_features(

@@ -20,8 +20,9 @@ from torch.optim.lr_scheduler import ConstantLR, LambdaLR, LRScheduler
 from quadric.data.augment import SpecAugment
 from quadric.model.acoustic import DNN, SHIFTS, TDNN, Activation, Norm
 from quadric.optim.second_order import hessian_free
-from quadric.speech.features import Fbank, Normalisation
-from quadric.speech.gaussian import GaussianStart
+from quadric.speech.features import Fbank
+from quadric.speech.gaussian import GaussianBootstrap
+from quadric.speech.normalisation import Normalisation
 from quadric.speech.tree import TreeOptions
 from quadric.train.sources import Source
 
@@ -178,7 +179,7 @@ class FlatStart:
         gradient_frames: frames of a minibatch.
     """
 
-    gaussian: GaussianStart = field(default_factory=GaussianStart)
+    gaussian: GaussianBootstrap = field(default_factory=GaussianBootstrap)
     network: Network = field(default_factory=lambda: Network("dnn", (256, 256), context=5, norm="none"))
     warm: float = 1.0
     rounds: int = 4

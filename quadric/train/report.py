@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import jinja2
 from markupsafe import Markup
@@ -22,7 +22,7 @@ from quadric.speech.scoring import Comparison, Errors, Score, operation, paired_
 from quadric.train.charts import Line, Scale, colour, line_chart, marker
 from quadric.train.stages import plain
 
-_HEADROOM = 1.15
+_SAMPLES = 10_000
 _RATIOS = (-1.0, 2.5)
 
 
@@ -157,33 +157,36 @@ def write_report(report: Report, path: str | Path) -> None:
 def render(report: Report) -> str:
     """The page as text."""
     pages = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    pages.filters |= {"duration": duration, "number": number, "operation": operation, "plain": plain}
+    pages.filters |= {"duration": duration, "number": number, "signed": signed, "operation": operation}
     template = pages.from_string(resources.files(__package__).joinpath("report.html.jinja").read_text("utf-8"))
     return template.render(
         report=report,
+        legend={run.name: (colour(i), marker(i)) for i, run in enumerate(report.runs)},
         best={name: _best(report, name) for name in report.sets},
-        speakers={name: _speakers(report, name) for name in report.sets},
+        reached={run.name: at for run in report.runs if (at := _reached(run))},
         comparisons=_comparisons(report),
-        reached=[_reached(run) for run in report.runs],
         curves=_curves(report),
         diagnostics=_diagnostics(report),
-        steps=[_steps(run) for run in report.runs],
-        legend=[(run.name, colour(i), marker(i)) for i, run in enumerate(report.runs)],
+        steps={run.name: ends for run in report.runs if (ends := _steps(run))},
+        speakers={name: people for name in report.sets if (people := _speakers(report, name))},
+        speaker_rates=_speaker_rates,
         heat=heat,
+        samples=_SAMPLES,
+        recipe=_tree(plain(dict(report.recipe))),
     )
 
 
 def duration(seconds: float) -> str:
     """A time span to be read by people.
 
-    >>> duration(7.25), duration(95), duration(5025)
+    >>> duration(7.25), duration(95), duration(5040)
     ('7.2 s', '1 min 35 s', '1 h 24 min')
     """
     if seconds < 60:
         return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
+    if seconds < 3600:
+        return f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
+    minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
@@ -194,10 +197,19 @@ def number(value: object) -> str:
     ('1,234,567', '0.1235', '1e-07', 'SIL', '–')
     """
     if value is None:
-        return "–"
+        return "\N{EN DASH}"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def signed(points: float) -> str:
+    """A difference with its sign.
+
+    >>> signed(1.5), signed(0.0)
+    ('+1.50', '+0.00')
+    """
+    return f"{points:+.2f}".replace("-", "\N{MINUS SIGN}")
 
 
 def heat(value: float, values: Sequence[float]) -> float:
@@ -217,6 +229,29 @@ def _speakers(report: Report, name: str) -> list[str]:
     return sorted({speaker for run in report.runs if name in run.scores for speaker in run.scores[name].per_speaker})
 
 
+def _speaker_rates(report: Report, name: str) -> list[float]:
+    """Of all runs."""
+    scores = [run.scores[name] for run in report.runs if name in run.scores]
+    return [errors.rate for score in scores for errors in score.per_speaker.values()]
+
+
+def _tree(value: Any) -> list[tuple[str, Any]]:
+    """Options as (name, text) or (name, branches), from what JSON can hold."""
+    items = value.items() if isinstance(value, dict) else enumerate(value, start=1)
+    return [(str(key), _tree(item) if _branches(item) else _leaf(item)) for key, item in items]
+
+
+def _branches(item: Any) -> bool:
+    nested = isinstance(item, list) and any(isinstance(part, (dict, list)) for part in item)
+    return bool(item) and (nested or isinstance(item, dict))
+
+
+def _leaf(item: Any) -> str:
+    if isinstance(item, (list, dict)):
+        return ", ".join(map(str, item)) or "none"
+    return "none" if item is None or item == "" else str(item)
+
+
 def _comparisons(report: Report) -> list[tuple[str, str, Comparison | None, str]]:
     """(set, run, comparison with the first run, what was resampled or why there is none)."""
     baseline, *others = report.runs
@@ -227,7 +262,7 @@ def _comparisons(report: Report) -> list[tuple[str, str, Comparison | None, str]
         for run in others:
             if name in run.scores:
                 try:
-                    rows.append((name, run.name, by(first, run.scores[name]), unit))
+                    rows.append((name, run.name, by(first, run.scores[name], samples=_SAMPLES), unit))
                 except ValueError as error:
                     rows.append((name, run.name, None, str(error)))
     return rows
@@ -239,11 +274,13 @@ def _points(run: Run, x: str, y: str) -> list[tuple[float, float]]:
     return [(a, b) for a, b in pairs if _is_number(a) and _is_number(b)]
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _line(series: int, run: Run, x: str, y: str, *, scale: tuple[float, float] = (1.0, 1.0), dashed: bool = False) -> Line:
+def _line(
+    series: int, run: Run, x: str, y: str, *, scale: tuple[float, float] = (1.0, 1.0), dashed: bool = False
+) -> Line:
     points = _points(run, x, y)
     return Line(series, [a * scale[0] for a, _ in points], [b * scale[1] for _, b in points], dashed)
 
@@ -251,9 +288,10 @@ def _line(series: int, run: Run, x: str, y: str, *, scale: tuple[float, float] =
 def _curves(report: Report) -> list[Markup]:
     """Loss and accuracy, each against time and against updates."""
     longest = max((x for run in report.runs for x, _ in _points(run, "seconds", "dev_loss")), default=0.0)
-    unit, share = next((u, s) for u, s in (("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0)) if longest >= 3 * s or s == 1)
-    starts = [points[0][1] for run in report.runs if (points := _points(run, "update", "dev_loss"))]
-    ceiling = (-math.inf, _HEADROOM * max(starts)) if starts and max(starts) > 0 else None
+    unit, share = (
+        ("hours", 3600.0) if longest > 3 * 3600 else ("minutes", 60.0) if longest > 3 * 60 else ("seconds", 1.0)
+    )
+    ceiling = (-math.inf, _ceiling(report))
     axes: tuple[tuple[str, str, float, Scale], ...] = (
         ("seconds", f"training time ({unit})", 1 / share, "linear"),
         ("update", "updates", 1.0, "counts"),
@@ -267,6 +305,15 @@ def _curves(report: Report) -> list[Markup]:
         right = [_line(i, run, x, "dev_accuracy", scale=(factor, 100.0)) for i, run in enumerate(report.runs)]
         charts.append(_chart("Held-out frame accuracy (%)", right, label, x_scale=scale))
     return [chart for chart in charts if chart]
+
+
+def _ceiling(report: Report) -> float:
+    """Half way from the lowest held-out loss up to the highest at a start: above, curves say nothing of their end."""
+    losses = [[y for _, y in points] for run in report.runs if (points := _points(run, "update", "dev_loss"))]
+    if not losses:
+        return math.inf
+    start, lowest = max(run[0] for run in losses), min(min(run) for run in losses)
+    return (start + lowest) / 2 if lowest < start else start + 0.1 * abs(start)
 
 
 def _diagnostics(report: Report) -> list[Markup]:
@@ -290,13 +337,12 @@ def _chart(label: str, lines: Sequence[Line], x_label: str, **options: Any) -> M
     return Markup(line_chart(lines, name=f"{label} against {x_label}", x_label=x_label, y_label=label, **options))
 
 
-def _reached(run: Run) -> tuple[float, float, float | None] | None:
-    """(update, held-out loss, accuracy) of the lowest held-out loss."""
-    judged = [record for record in run.curves if _is_number(record.get("update")) and _is_number(record.get("dev_loss"))]
-    if not judged:
-        return None
-    best = min(judged, key=lambda record: record["dev_loss"])
-    return best["update"], best["dev_loss"], best.get("dev_accuracy")
+def _reached(run: Run) -> Mapping[str, Any] | None:
+    """The record of the lowest held-out loss."""
+    judged = [
+        record for record in run.curves if _is_number(record.get("update")) and _is_number(record.get("dev_loss"))
+    ]
+    return min(judged, key=lambda record: record["dev_loss"], default=None)
 
 
 def _steps(run: Run) -> dict[str, int]:

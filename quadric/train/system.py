@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,8 +17,11 @@ from pydantic import TypeAdapter
 from quadric.data.batch import pad_context
 from quadric.files import new_folder
 from quadric.model.acoustic import TDNN, log_likelihoods
-from quadric.speech.features import Fbank, Normalisation
+from quadric.progress import Progress
+from quadric.speech.decoding import DecodeOptions, Decoder, Hypothesis
+from quadric.speech.features import Fbank
 from quadric.speech.lexicon import Lexicon, read_lexicon
+from quadric.speech.normalisation import Normalisation
 from quadric.speech.topology import Tying
 from quadric.train import checkpoint
 from quadric.train.recipe import Decoding, Network
@@ -94,7 +98,7 @@ class System:
         log_prior: of its outputs, [C].
         tying: which phone state each output is.
         lexicon: the words it knows.
-        arpa: the language model, in ARPA form.
+        graph: file of the decoding graph.
         decoding: of the search.
         lm_weight, word_penalty: chosen on development data.
     """
@@ -106,7 +110,7 @@ class System:
     log_prior: Float[np.ndarray, " C"]
     tying: Tying
     lexicon: Lexicon
-    arpa: Path
+    graph: Path
     decoding: Decoding
     lm_weight: float = 10.0
     word_penalty: float = 0.0
@@ -114,6 +118,17 @@ class System:
     def likelihoods(self, features: Mapping[str, np.ndarray], *, autocast: bool = False) -> Likelihoods:
         """Scores for decoding and alignment."""
         return Likelihoods(self.model, features, self.log_prior, autocast=autocast)
+
+    def decoder(self, *, jobs: int) -> Decoder:
+        """The search over this system's graph."""
+        options = DecodeOptions(self.decoding.beam, self.decoding.max_active)
+        return Decoder(self.graph, self.lexicon.words, self.tying.num_pdfs, options=options, jobs=jobs)
+
+    def recognise(
+        self, decoder: Decoder, scores: Mapping[str, np.ndarray], *, progress: Progress
+    ) -> dict[str, Hypothesis]:
+        """The best words under this system's weights."""
+        return decoder.decode(scores, 1 / self.lm_weight, word_penalty=self.word_penalty, progress=progress)
 
     def save(self, folder: Path) -> None:
         """Writes everything to ``folder``, which must not exist."""
@@ -125,7 +140,7 @@ class System:
             self.tying.save(temporary / "tying.npz")
             lines = (f"{word} {' '.join(phones)}\n" for word, phones in self.lexicon.entries)
             (temporary / "lexicon.txt").write_text("".join(lines))
-            (temporary / "lm.arpa").write_bytes(self.arpa.read_bytes())
+            shutil.copyfile(self.graph, temporary / "graph.fst")
 
     @classmethod
     def load(cls, folder: Path) -> System:
@@ -152,7 +167,7 @@ class System:
             log_prior=state["log_prior"].numpy(),
             tying=tying,
             lexicon=read_lexicon(folder / "lexicon.txt", strip_stress=False),
-            arpa=folder / "lm.arpa",
+            graph=folder / "graph.fst",
             **options,
         )
 

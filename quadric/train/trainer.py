@@ -109,7 +109,7 @@ class Trainer:
         loss: of its output.
         optimizer: any torch optimiser, or a `SecondOrder`.
         stream: training data.
-        held_out: data the training is judged on.
+        held_out: data the training is judged on; None: the last parameters count as the best.
         plan: how much data, how often judged.
         folder: of the files above.
         schedule: from the optimiser and the number of updates to a learning-rate schedule, stepped every update.
@@ -121,7 +121,7 @@ class Trainer:
         loss: Loss,
         optimizer: Optimizer,
         stream: FrameStream,
-        held_out: FrameStream,
+        held_out: FrameStream | None,
         plan: Plan,
         folder: Path,
         *,
@@ -184,7 +184,7 @@ class Trainer:
             autocast=torch.bfloat16 if self.plan.autocast else None,
             seed=hash((self.plan.seed, self.update)) % 2**31,
         )
-        value = self.optimizer.step(objective)
+        value: Any = self.optimizer.step(objective)  # type: ignore[arg-type]
         if self.scheduler is not None:
             self.scheduler.step()
         self.update += 1
@@ -201,12 +201,18 @@ class Trainer:
 
     def _judge(self) -> dict[str, float]:
         """Scores on the held-out data, with the parameters kept where they are the best so far."""
+        if self.held_out is None:
+            self._keep({})
+            return {}
         scores = evaluate(self.model, self.loss, self.held_out, autocast=self.plan.autocast)
         if scores["loss"] < self.best:
             self.best = scores["loss"]
-            state = {"model": self.model.state_dict(), "update": self.update, "seconds": self.seconds, **scores}
-            checkpoint.save(state, self.folder / "model.pt")
+            self._keep(scores)
         return {f"dev_{name}": value for name, value in scores.items()}
+
+    def _keep(self, scores: Mapping[str, float]) -> None:
+        state = {"model": self.model.state_dict(), "update": self.update, "seconds": self.seconds, **scores}
+        checkpoint.save(state, self.folder / "model.pt")
 
     def _log(self, record: Mapping[str, Any]) -> None:
         place = {"update": self.update, "epoch": self.stream.epoch, "seconds": self.seconds}

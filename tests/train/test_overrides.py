@@ -74,7 +74,9 @@ def test_options_lists_the_leaves() -> None:
     assert "inner" not in listed
     for path, value in listed.items():  # what is listed can be said again
         if path != "optimizer" and value is not None:
-            text = str(list(map(list, value)) if path == "nested" else list(value) if isinstance(value, tuple) else value)
+            text = str(
+                list(map(list, value)) if path == "nested" else list(value) if isinstance(value, tuple) else value
+            )
             assert override(Outer(), [f"{path}={text}"]) == Outer()
 
 

@@ -1,0 +1,91 @@
+"""Features on disk: Kaldi archives read one utterance at a time, and shards of them written whole."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import kaldiio
+import numpy as np
+from jaxtyping import Float32
+
+from quadric.speech.corpus import Corpus
+from quadric.speech.files import whole_file
+from quadric.speech.tables import few, find_features, read_table, something
+
+
+class FeatureStore(Mapping[str, np.ndarray]):
+    """Utterance id -> features, float32 [T, D], read from its archive each time it is asked for.
+
+    Args:
+        table: utterance id -> ``/path/of.ark:offset``, in the order the ids are given out.
+
+    Raises:
+        ValueError: on reading, for an archive that is missing or damaged.
+    """
+
+    def __init__(self, table: Mapping[str, str]) -> None:
+        commands = [id for id, place in table.items() if "|" in (place[:1], place[-1:])]
+        if commands:
+            raise ValueError(f"features that are commands, not archives: {few(commands)}: run them with copy-feats")
+        self._table = dict(table)
+
+    @classmethod
+    def from_scp(cls, path: str | os.PathLike[str], *, root: str | os.PathLike[str] | None = None) -> FeatureStore:
+        """The features of the Kaldi table ``path``; relative archives start from ``root`` as in ``read_data_dir``."""
+        scp = Path(os.path.abspath(path))
+        return cls(find_features(scp.parent, None if root is None else Path(root), scp.name))
+
+    @classmethod
+    def from_corpus(cls, corpus: Corpus) -> FeatureStore:
+        """The features that the utterances of ``corpus`` name. Raises ``ValueError`` if some name none."""
+        without = [utterance.id for utterance in corpus if utterance.features is None]
+        if without:
+            raise ValueError(f"utterances of {corpus.name} without features: {few(without)}: extract them from audio")
+        return cls({utterance.id: utterance.features or "" for utterance in corpus})
+
+    def place(self, id: str) -> str:
+        """Where the features of ``id`` are, as ``Utterance.features`` and ``feats.scp`` name it."""
+        return self._table[id]
+
+    def __getitem__(self, id: str) -> Float32[np.ndarray, "T D"]:
+        place = self._table[id]
+        try:
+            features = np.asarray(kaldiio.load_mat(place), np.float32)
+        except Exception as error:  # a damaged archive fails in as many ways as it can be damaged
+            raise ValueError(
+                f"the features of {id} cannot be read from {place} ({type(error).__name__}: {error}): extract them "
+                "again into a new folder"
+            ) from error
+        if features.ndim != 2:
+            raise ValueError(f"the features of {id} in {place} are not a matrix: their shape is {features.shape}")
+        return features
+
+    def __contains__(self, id: object) -> bool:
+        return id in self._table
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._table)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+
+def write_shard(folder: Path, name: str, features: Mapping[str, Float32[np.ndarray, "T D"]]) -> None:
+    """Writes ``name.ark`` and then ``name.scp``, whose presence says that both are complete."""
+    places = {}
+    with whole_file(folder / f"{name}.ark") as file:
+        for id, matrix in features.items():
+            places[id] = f"{name}.ark:{file.tell() + len(id.encode()) + 1}"
+            kaldiio.save_ark(file, {id: np.asarray(matrix, np.float32)})
+    with whole_file(folder / f"{name}.scp") as file:
+        file.writelines(f"{id} {place}\n".encode() for id, place in places.items())
+
+
+def read_shard(folder: Path, name: str) -> dict[str, str] | None:
+    """The places of the features of a complete shard, else ``None``."""
+    scp = folder / f"{name}.scp"
+    if not scp.is_file() or not (folder / f"{name}.ark").is_file():
+        return None
+    return {id: str(folder / place) for id, place in read_table(scp, something).items()}

@@ -1,0 +1,121 @@
+"""Kaldi's text tables: one line per entry, an id, a blank, and the value; every id once."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+
+_BLANK = " \t\r"
+_FEW = 5
+
+
+def few(names: Collection[str], limit: int = _FEW) -> str:
+    """The number of ``names`` and the first of them, for an error message.
+
+    >>> few(["a", "b"]), few("abcdefg")
+    ('2 (a, b)', '7 (a, b, c, d, e, ...)')
+    """
+    shown = list(names)[:limit]
+    return f"{len(names)} ({', '.join(shown)}{', ...' if len(names) > limit else ''})"
+
+
+def fields(value: str) -> tuple[str, ...]:
+    """The parts of ``value`` between blanks and tabs; other Unicode spaces belong to the words."""
+    return tuple(part for part in re.split(r"[ \t]+", value.strip(_BLANK)) if part)
+
+
+def read_table(path: Path, parse: Callable[[str], T]) -> dict[str, T]:
+    """Reads the table ``path`` in the order of its lines: entry number i stands on line i + 1.
+
+    ``parse`` turns the rest of a line into its value and raises ``ValueError`` with the reason if it is malformed.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: text that is not UTF-8, malformed lines or repeated ids; all of one kind at once.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no table {path}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it") from None
+    if lines[-1] == "":
+        lines.pop()
+    table: dict[str, T] = {}
+    malformed, repeated = [], []
+    for number, line in enumerate(lines, 1):
+        parts = re.split(r"[ \t]+", line.strip(_BLANK), maxsplit=1)
+        try:
+            if not parts[0]:
+                raise ValueError("blank")
+            value = parse(parts[1] if len(parts) == 2 else "")
+        except ValueError as error:
+            malformed.append(f"line {number}: {error}")
+            continue
+        if parts[0] in table:
+            repeated.append(f"{parts[0]} on line {number}")
+        table[parts[0]] = value
+    if malformed:
+        raise ValueError(f"malformed lines in {path}: {few(malformed)}: correct them")
+    if repeated:
+        raise ValueError(f"repeated ids in {path}: {few(repeated)}: keep one line of each")
+    if not table:
+        raise ValueError(f"the table {path} is empty")
+    return table
+
+
+def something(value: str) -> str:
+    """Parses a value that is one text, blanks inside included."""
+    if not value:
+        raise ValueError("nothing after the id")
+    return value
+
+
+def one_field(value: str) -> str:
+    """Parses a value that is one word."""
+    if len(fields(value)) != 1:
+        raise ValueError(f"one field expected after the id, not {value!r}")
+    return value
+
+
+def find_root(folder: Path, root: Path | None, file: str, table: str) -> Path:
+    """The folder that the relative paths of a table in ``folder`` start from, judged by its first one, ``file``.
+
+    It is ``root`` if given, else the first of ``folder`` and its two ancestors under which ``file`` exists.
+
+    Raises:
+        FileNotFoundError: ``file`` is under none of them.
+    """
+    candidates = [Path(os.path.abspath(root))] if root is not None else [folder, *list(folder.parents)[:2]]
+    for candidate in candidates:
+        if (candidate / file).is_file():
+            return candidate
+    raise FileNotFoundError(
+        f"{file}, the first relative path of {folder / table}, is not in {' nor in '.join(map(str, candidates))}: "
+        "pass root= with the folder that the paths start from"
+    )
+
+
+def find_features(folder: Path, root: Path | None, table: str = "feats.scp") -> dict[str, str]:
+    """Reads a Kaldi feature table: utterance id -> ``/absolute/path.ark:offset``, ranges like ``[0:9]`` kept.
+
+    Raises:
+        FileNotFoundError: there is no such table, or the first archive that it names is missing.
+        ValueError: malformed lines, repeated ids, or entries that are commands.
+    """
+    entries = read_table(folder / table, something)
+    commands = [f"line {number}" for number, value in enumerate(entries.values(), 1) if "|" in (value[0], value[-1])]
+    if commands:
+        raise ValueError(
+            f"commands in {folder / table}: {few(commands)}: run them with copy-feats and name the archives here"
+        )
+    relative = [value for value in entries.values() if not os.path.isabs(value)]
+    if not relative:
+        return entries
+    start = find_root(folder, root, re.sub(r"(:\d+)?(\[[^\]]*\])?$", "", relative[0]), table)
+    return {name: value if os.path.isabs(value) else str(start / value) for name, value in entries.items()}

@@ -1,0 +1,377 @@
+"""A job from recordings to word error rate and report; each stage is done once."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from quadric.data.stream import FrameStream
+from quadric.files import new_file
+from quadric.loss.loss import CrossEntropy
+from quadric.model.acoustic import log_priors
+from quadric.progress import Progress, silent
+from quadric.speech import scoring
+from quadric.speech.alignment import ForcedAlignment, align
+from quadric.speech.corpus import Corpus
+from quadric.speech.ctm import word_segments, word_tokens, write_ctm
+from quadric.speech.decoding import Decoder, search
+from quadric.speech.graph import decoding_graph, write_graph
+from quadric.speech.scoring import Errors, Score
+from quadric.speech.topology import Tying
+from quadric.speech.tree import ContextStatistics, grow, retie
+from quadric.train import checkpoint
+from quadric.train.flat_start import Aligned, Targets, flat_start
+from quadric.train.metrics import MetricsLog
+from quadric.train.prepare import Prepared, make_features, prepare
+from quadric.train.recipe import Job, Method
+from quadric.train.report import Environment, Report, Run, Sweep, write_report
+from quadric.train.sources import Material
+from quadric.train.stages import Stages, digest, plain
+from quadric.train.system import System
+from quadric.train.trainer import Plan, Trainer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a job ends with: lines in Kaldi's form, and the page."""
+
+    lines: tuple[str, ...]
+    report: Path
+
+
+@dataclass(frozen=True)
+class Units:
+    """What the network's outputs are, and which of them each frame is."""
+
+    tying: Tying
+    train: Targets
+    dev: Targets
+    graph: Path
+
+    @cached_property
+    def log_prior(self) -> Float[np.ndarray, " C"]:
+        """Of the outputs, by how often they occur in the training set."""
+        counts = np.bincount(np.concatenate(list(self.train.values())), minlength=self.tying.num_pdfs)
+        return log_priors(torch.from_numpy(counts)).float().numpy()
+
+
+def run(job: Job, work: Path, *, progress: Progress = silent) -> Result:
+    """Does the whole job in ``work``; what was done there before is not done again."""
+    stages = Stages(work)
+    prepared = prepare(job, stages, progress)
+    aligned = flat_start(job, prepared, stages, progress)
+    units = _units(job, prepared, aligned, stages, progress)
+    folders = {}
+    for name, method in job.methods.items():
+        folder = _trained(job, name, method, prepared, units, stages, progress)
+        folders[name] = _tested(job, prepared, units, folder, progress)
+        _point(work / name, folder)
+    summary = {
+        "title": job.name,
+        "recipe": plain(job),
+        "runs": list(folders),
+        "perplexity": {split: round(value, 2) for split, value in prepared.perplexity.items()},
+        "outputs": units.tying.num_pdfs,
+        "alignment": _describe(aligned, prepared),
+    }
+    with new_file(work / "job.json") as temporary:
+        temporary.write_text(json.dumps(summary, indent=1))
+    page = report(work)
+    lines = [
+        f"{score.total.line} {name} {split}"
+        for name, folder in folders.items()
+        for split, score in _scores(folder).items()
+    ]
+    return Result(tuple(lines), page)
+
+
+def _units(job: Job, prepared: Prepared, aligned: Aligned, stages: Stages, progress: Progress) -> Units:
+    """Monophone states, or triphone states tied by a tree; and the graph over them."""
+    tying, train, dev = aligned.tying, aligned.train, aligned.dev
+    if job.tree is not None:
+        key = digest(dict(train), prepared.key)
+
+        def make_tree(folder: Path) -> None:
+            assert job.tree is not None
+            statistics = ContextStatistics.accumulate(train, prepared.features["train"], tying, progress=progress)
+            grow(statistics, job.tree).save(folder / "tying.npz")
+
+        tied = Tying.load(stages.make("tree", key, job.tree, by=make_tree) / "tying.npz")
+        train, dev = retie(train, tying, tied), retie(dev, tying, tied)
+        tying = tied
+
+    def make_graph(folder: Path) -> None:
+        logger.info("composing the decoding graph: %d words, %d outputs", len(prepared.lexicon.words), tying.num_pdfs)
+        write_graph(decoding_graph(prepared.lexicon, prepared.arpa, tying), folder / "graph.fst")
+
+    graph = stages.make("graph", prepared.lexicon, prepared.arpa.read_text(), tying.table, tying.phones, by=make_graph)
+    return Units(tying, train, dev, graph / "graph.fst")
+
+
+def _trained(
+    job: Job, name: str, method: Method, prepared: Prepared, units: Units, stages: Stages, progress: Progress
+) -> Path:
+    """The folder of a training, with the trained system in ``system``."""
+    data = (prepared.key, digest(dict(units.train), dict(units.dev)), prepared.front)
+    training = (job.network, job.augment, job.chunk, job.autocast, job.seed)
+    folder = stages.folder(name, method, *training, *data)
+    torch.manual_seed(job.seed)
+    model = job.network.build(prepared.dimension, units.tying.num_pdfs)
+    model.initialise_output_bias(torch.from_numpy(units.log_prior))
+    context = (model.left_context, model.right_context)
+    stream = FrameStream(
+        _only(prepared.features["train"], units.train),
+        units.train,
+        context=context,
+        chunk=job.chunk,
+        seed=job.seed,
+        transform=job.augment,
+    )
+    held_out = FrameStream(_only(prepared.features["dev"], units.dev), units.dev, context=context, chunk=None)
+    plan = Plan(
+        epochs=method.epochs,
+        gradient_frames=method.gradient_frames,
+        curvature_frames=method.curvature_frames,
+        autocast=job.autocast,
+        seed=job.seed,
+    )
+    trainer = Trainer(
+        model,
+        CrossEntropy(),
+        method.build(model.parameters()),
+        stream,
+        held_out,
+        plan,
+        folder,
+        schedule=method.schedule,
+    )
+    best = trainer.fit(progress=progress, what=name)
+    logger.info("%s: held-out loss %.4f, frames right %.4f", name, best["loss"], best["accuracy"])
+    return folder
+
+
+def _tested(job: Job, prepared: Prepared, units: Units, folder: Path, progress: Progress) -> Path:
+    """The folder with the decoded sets and the tuned system of a training."""
+
+    def make(out: Path) -> None:
+        model = job.network.build(prepared.dimension, units.tying.num_pdfs)
+        model.load_state_dict(checkpoint.load(folder / "model.pt")["model"])
+        system = System(
+            front=prepared.front,
+            inputs=prepared.dimension,
+            network=job.network,
+            model=model.eval(),
+            log_prior=units.log_prior,
+            tying=units.tying,
+            lexicon=prepared.lexicon,
+            graph=units.graph,
+            decoding=job.decoding,
+        )
+        with system.decoder(jobs=job.jobs) as decoder:
+            system = _tuned(job, prepared, system, decoder, out, progress)
+            for split in ("dev", "test"):
+                corpus = prepared.corpora[split]
+                scores = system.likelihoods(prepared.features[split], autocast=job.autocast)
+                found = system.recognise(decoder, {u.id: scores[u.id] for u in corpus}, progress=progress)
+                _write_decoded(out / split, corpus, {id: hypothesis.words for id, hypothesis in found.items()})
+        system.save(out / "system")
+
+    decoded = Stages(folder).make("decoded", job.decoding, units.graph.parent.name, prepared.key, by=make)
+    _point(folder / "decoded", decoded)
+    return decoded
+
+
+def _tuned(job: Job, prepared: Prepared, system: System, decoder: Decoder, out: Path, progress: Progress) -> System:
+    """The system with the weights that make the fewest errors on (a part of) the development set."""
+    corpus = _spread(prepared.corpora["dev"], job.decoding.sweep_utterances)
+    likelihoods = system.likelihoods(prepared.features["dev"], autocast=job.autocast)
+    scores = {u.id: likelihoods[u.id] for u in corpus}
+    references = {u.id: u.words for u in corpus}
+    tried: dict[tuple[float, float], Errors] = {}
+
+    def errors_at(lm_weight: float, word_penalty: float) -> int:
+        found = system.tuned(lm_weight, word_penalty).recognise(decoder, scores, progress=progress)
+        total = scoring.score(references, {id: hypothesis.words for id, hypothesis in found.items()}).total
+        tried[lm_weight, word_penalty] = total
+        return total.errors
+
+    best = search(errors_at, lm_weights=job.decoding.lm_weights, word_penalties=job.decoding.word_penalties).best
+    rows = [{"lm_weight": w, "word_penalty": p, **asdict(errors)} for (w, p), errors in tried.items()]
+    chosen = {"lm_weight": best.lm_weight, "word_penalty": best.word_penalty}
+    (out / "sweep.json").write_text(json.dumps({"chosen": chosen, "tried": rows}, indent=1))
+    return system.tuned(best.lm_weight, best.word_penalty)
+
+
+def decode_directory(
+    folder: Path,
+    corpus: Corpus,
+    out: Path,
+    *,
+    lm_weight: float | None = None,
+    word_penalty: float | None = None,
+    jobs: int = 2,
+    progress: Progress = silent,
+) -> tuple[str, ...]:
+    """Recognises ``corpus`` with the system in ``folder``; writes words, times and, with transcripts, errors.
+
+    Returns:
+        Kaldi's lines of word and sentence errors, or one line that says where the words are.
+    """
+    system = System.load(folder)
+    system = system.tuned(
+        system.lm_weight if lm_weight is None else lm_weight,
+        system.word_penalty if word_penalty is None else word_penalty,
+    )
+    features = make_features(Material(corpus, None), system.front, out / "cache", jobs, progress)
+    scores = system.likelihoods(features)
+    with system.decoder(jobs=jobs) as decoder:
+        found = system.recognise(decoder, scores, progress=progress)
+    words = {id: hypothesis.words for id, hypothesis in found.items()}
+    times = align(
+        {id: said for id, said in words.items() if said},
+        ((id, scores[id]) for id, said in words.items() if said),
+        system.lexicon,
+        system.tying,
+        options=ForcedAlignment(on_too_short="drop"),
+        jobs=jobs,
+        progress=progress,
+    )
+    shift = system.front.fbank.frame_shift_ms / 1000
+    tokens = {
+        id: word_tokens(word_segments(words[id], pdfs, system.lexicon, system.tying), shift)
+        for id, pdfs in times.pdfs.items()
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    write_ctm(out / "hyp.ctm", tokens)
+    said = Corpus(corpus.name, tuple(u for u in corpus if u.words and u.id in words))
+    if len(said) < len(words):
+        scoring.write_text(out / "text", words)
+        return (f"recognised {len(words)} utterances: {out / 'text'}",)
+    return _write_decoded(out, said, words).lines
+
+
+def _write_decoded(out: Path, corpus: Corpus, words: Mapping[str, Sequence[str]]) -> Score:
+    """Words, aligned errors per utterance and speaker, and sclite's files."""
+    speakers = {u.id: u.speaker for u in corpus}
+    score = scoring.score({u.id: u.words for u in corpus}, words, speakers=speakers)
+    out.mkdir(parents=True, exist_ok=True)
+    scoring.write_text(out / "text", words)
+    scoring.write_text(out / "ref", {u.id: u.words for u in corpus})
+    scoring.write_text(out / "utt2spk", {id: (speaker,) for id, speaker in speakers.items()})
+    scoring.write_trn(out / "hyp.trn", words, speakers)
+    scoring.write_trn(out / "ref.trn", {u.id: u.words for u in corpus}, speakers)
+    scoring.write_per_utt(out / "per_utt", score)
+    scoring.write_per_spk(out / "per_spk", score)
+    (out / "wer").write_text("\n".join(score.lines) + "\n")
+    return score
+
+
+def report(work: Path) -> Path:
+    """Writes ``report.html`` of the finished job in ``work``.
+
+    Raises:
+        FileNotFoundError: no finished job is there.
+    """
+    if not (work / "job.json").is_file():
+        raise FileNotFoundError(f"work={work}: no finished job there; run quadric train first")
+    summary = json.loads((work / "job.json").read_text())
+    runs, sweeps = [], []
+    for name in summary["runs"]:
+        folder = work / name
+        best = checkpoint.load(folder / "model.pt")
+        curves = MetricsLog(folder / "metrics.jsonl").records()
+        runs.append(
+            Run(
+                name=name,
+                curves=curves,
+                scores=_scores(folder / "decoded"),
+                updates=int(str(curves[-1]["update"])),
+                seconds=float(str(curves[-1]["seconds"])),
+                parameters=sum(value.numel() for value in best["model"].values()),
+                notes=f"lowest held-out loss {best['loss']:.4f} after update {best['update']}",
+            )
+        )
+        sweep = json.loads((folder / "decoded" / "sweep.json").read_text())
+        tried = {(row.pop("lm_weight"), row.pop("word_penalty")): Errors(**row) for row in sweep["tried"]}
+        sweeps.append(Sweep(f"{name} dev", tried, tuple(sweep["chosen"].values())))
+    page = Report(
+        title=summary["title"],
+        runs=runs,
+        summary=_summary(summary),
+        recipe=summary["recipe"],
+        environment=_environment(summary["recipe"]["seed"]),
+        sweeps=sweeps,
+        alignment=summary["alignment"],
+    )
+    write_report(page, work / "report.html")
+    return work / "report.html"
+
+
+def _scores(decoded: Path) -> dict[str, Score]:
+    scores = {}
+    for split in ("dev", "test"):
+        files = {name: scoring.read_text(decoded / split / name) for name in ("ref", "text", "utt2spk")}
+        speakers = {id: speaker[0] for id, speaker in files["utt2spk"].items()}
+        scores[split] = scoring.score(files["ref"], files["text"], speakers=speakers)
+    return scores
+
+
+def _summary(summary: Mapping[str, Any]) -> str:
+    perplexity = ", ".join(f"{value:.1f} on {split}" for split, value in summary["perplexity"].items())
+    return f"{summary['outputs']} network outputs. Perplexity of the language model: {perplexity}."
+
+
+def _describe(aligned: Aligned, prepared: Prepared) -> dict[str, object]:
+    frames = np.concatenate(list(aligned.train.values()))
+    silence = aligned.tying.phone_of_pdf[frames] == 0
+    return {
+        "training utterances aligned": len(aligned.train),
+        "training utterances left out": len(prepared.perturbed) - len(aligned.train),
+        "training frames": len(frames),
+        "silence, share of the frames": round(float(silence.mean()), 3),
+    }
+
+
+def _environment(seed: int) -> Environment:
+    packages = ("torch", "numpy", "kaldifst", "kaldi-decoder", "kaldi-native-fbank", "kaldialign", "quadric")
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed as a package"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    machine = {"processors": os.cpu_count() or 1, "memory": f"{memory:.0f} GiB", "threads": torch.get_num_threads()}
+    return Environment(versions, machine, {"job": seed})
+
+
+def _only(features: Mapping[str, np.ndarray], ids: Iterable[str]) -> dict[str, np.ndarray]:
+    return {id: features[id] for id in ids}
+
+
+def _spread(corpus: Corpus, count: int) -> Corpus:
+    """``count`` evenly spaced utterances, or all."""
+    step = max(1, len(corpus) // count)
+    return Corpus(corpus.name, corpus.utterances[::step])
+
+
+def _point(link: Path, folder: Path) -> None:
+    """Makes ``link`` a relative link to ``folder``, which lies beside it."""
+    temporary = link.with_name(f".{link.name}.part")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(folder.name)
+    temporary.replace(link)

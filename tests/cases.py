@@ -1,0 +1,138 @@
+"""One row for every part that others build on: the tables the contract tests run over.
+
+A new public subclass of an abstract base, or a new optimiser, needs a row here; `test_cases.py` says so when it is
+missing. A row is a name and a function that builds the thing afresh.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quadric.lattice.automaton import Automaton
+from quadric.linalg import krylov
+from quadric.linalg.krylov import ConjugateGradient, Truncation
+from quadric.linalg.operator import Diagonal, Identity, LinearOperator, Matrix, Scaled, Sum
+from quadric.loss.full_sum import FullSum, FullSumTarget
+from quadric.loss.loss import CrossEntropy, Loss, SquaredError
+from quadric.objective.curvature import GaussNewton
+from quadric.objective.objective import Objective
+from quadric.optim.damping import Damping, Fixed, LevenbergMarquardt
+from quadric.optim.descent import Descent, NewtonCG
+from quadric.optim.search import Backtracking, Search
+from quadric.optim.second_order import SecondOrder, hessian_free
+from quadric.space import ParameterSpace
+from reference import dense
+
+MicroBatch = tuple[Tensor, Any]
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    """Standard normal numbers in float64 that no other draw disturbs."""
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def padded_classes(frames: int, classes: int, kept: list[int]) -> Tensor:
+    """Class indices [B, T]; utterance b keeps its first ``kept[b]`` frames, the rest is padding."""
+    generator = torch.Generator().manual_seed(1)
+    target = torch.randint(classes, (len(kept), frames), generator=generator)
+    return torch.where(torch.arange(frames) < torch.tensor(kept)[:, None], target, -1)
+
+
+# Operators: how to build one, and its matrix.
+
+
+@dataclass(frozen=True)
+class OperatorCase:
+    build: Callable[[], tuple[LinearOperator, Tensor]]
+
+
+def _matrix() -> tuple[LinearOperator, Tensor]:
+    return Matrix(draw(5, 5)), draw(5, 5)
+
+
+def _sum() -> tuple[LinearOperator, Tensor]:
+    left, right = draw(5, 5), dense.random_spd(5)
+    return Sum(Matrix(left), Matrix(right)), left + right
+
+
+def _gauss_newton() -> tuple[LinearOperator, Tensor]:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    loss, data = CrossEntropy(), [(draw(2, 4, 3), padded_classes(4, 3, [4, 2])), (draw(5, 3), torch.arange(5) % 3)]
+    theta = 0.5 * draw(ParameterSpace(model).size, seed=2)
+    return Objective(model, loss, data).gauss_newton(theta), dense.gauss_newton(model, loss, data, theta)
+
+
+OPERATORS: dict[type[LinearOperator], OperatorCase] = {
+    Identity: OperatorCase(lambda: (Identity(5), torch.eye(5, dtype=torch.float64))),
+    Diagonal: OperatorCase(lambda: (Diagonal(draw(5)), torch.diag(draw(5)))),
+    Matrix: OperatorCase(_matrix),
+    Scaled: OperatorCase(lambda: (Scaled(Matrix(dense.random_spd(5)), -2.5), -2.5 * dense.random_spd(5))),
+    Sum: OperatorCase(_sum),
+    GaussNewton: OperatorCase(_gauss_newton),
+}
+
+
+# Losses: the loss, an output, a target, and which frames [B, T] count.
+
+
+@dataclass(frozen=True)
+class LossCase:
+    loss: Callable[[], Loss]
+    output: Tensor
+    target: Any
+    counts: Tensor
+    curvature: bool = True
+
+
+def _chain(pdfs: list[int]) -> Automaton:
+    """The pdfs in order, each for one frame or more."""
+    arcs = [(s, s + step, pdf, -0.7) for s, pdf in enumerate(pdfs) for step in (0, 1)]
+    return Automaton.from_arcs(arcs, final={len(pdfs): 0.0})
+
+
+def _first(frames: int, kept: list[int]) -> Tensor:
+    return torch.arange(frames) < torch.tensor(kept)[:, None]
+
+
+LOSSES: dict[type[Loss], LossCase] = {
+    CrossEntropy: LossCase(CrossEntropy, draw(2, 5, 4), padded_classes(5, 4, [5, 3]), _first(5, [5, 3])),
+    SquaredError: LossCase(SquaredError, draw(2, 3, 2), draw(2, 3, 2, seed=3), _first(3, [3, 3])),
+    FullSum: LossCase(
+        lambda: FullSum(torch.log_softmax(draw(4, seed=4), 0), scale=0.6, prior_scale=0.5),
+        draw(2, 6, 4),
+        [FullSumTarget(_chain([0, 2, 1]), 6), FullSumTarget(_chain([3, 0]), 4)],
+        _first(6, [6, 4]),
+        curvature=False,
+    ),
+}
+
+
+# Optimisers: a factory of the parameters or groups.
+
+DAMPINGS: dict[type[Damping], Callable[[], Damping]] = {
+    LevenbergMarquardt: LevenbergMarquardt,
+    Fixed: lambda: Fixed(0.1),
+}
+SEARCHES: dict[type[Search], Callable[[], Search]] = {Backtracking: Backtracking}
+DESCENTS: dict[type[Descent], Callable[[], Descent]] = {NewtonCG: NewtonCG}
+TRUNCATIONS: dict[type[Truncation], Callable[[], Truncation]] = {
+    krylov.RelativeProgress: krylov.RelativeProgress,
+    krylov.Residual: krylov.Residual,
+}
+
+
+def _undamped(params: Iterable[Any]) -> SecondOrder:
+    descent = NewtonCG(ConjugateGradient(30, krylov.Residual(1e-4)), momentum=0.0)
+    return SecondOrder(params, descent=descent, search=Backtracking(), damping=Fixed(1e-3))
+
+
+OPTIMISERS: dict[str, Callable[[Iterable[Any]], torch.optim.Optimizer]] = {
+    "hessian_free": hessian_free,
+    "hessian_free, eager": lambda params: hessian_free(params, damping=10.0, max_steps=5, momentum=0.5),
+    "newton_cg, fixed damping": _undamped,
+}

@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cases import MicroBatch, draw, padded_classes
+from quadric.loss.loss import CrossEntropy, SquaredError
+from quadric.objective.objective import Objective
+from quadric.space import ParameterSpace
+from reference import dense
+
+CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))
+
+
+def net(dropout: float = 0.0) -> nn.Sequential:
+    torch.manual_seed(5)
+    return nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Dropout(dropout), nn.Linear(6, 4)).double()
+
+
+def data(rows: int = 6) -> tuple[Tensor, Tensor]:
+    """``rows`` utterances of five frames, each of another length."""
+    return draw(rows, 5, 3), padded_classes(5, 4, [5 - b % 4 for b in range(rows)])
+
+
+def split(inputs: Tensor, target: Tensor, sizes: list[int]) -> list[MicroBatch]:
+    return list(zip(inputs.split(sizes), target.split(sizes), strict=True))
+
+
+def test_value_and_gradient_equal_the_twin() -> None:
+    model, batches = net(), split(*data(), [1, 3, 2])
+    objective = Objective(model, CrossEntropy(), batches)
+    theta = objective.space.point().requires_grad_()
+    expected = dense.mean_loss(model, CrossEntropy(), batches, theta)
+    (gradient,) = torch.autograd.grad(expected, theta)
+    value, found = objective.value_and_grad(theta.detach())
+    assert value == pytest.approx(float(expected.detach()), rel=1e-13)
+    assert objective.value(theta.detach()) == value
+    torch.testing.assert_close(found, gradient, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("sizes", [[1] * 6, [2, 4], [5, 1]])
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_the_split_into_micro_batches_changes_nothing(sizes: list[int], device: str) -> None:
+    model = net().to(device)
+    whole = Objective(model, CrossEntropy(), split(*data(), [6]))
+    parts = Objective(model, CrossEntropy(), split(*data(), sizes))
+    theta, v = whole.space.point(), draw(whole.space.size, seed=4).to(device)
+    assert parts.value(theta) == pytest.approx(whole.value(theta), rel=1e-12)
+    torch.testing.assert_close(parts.value_and_grad(theta)[1], whole.value_and_grad(theta)[1], rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(parts.gauss_newton(theta) @ v, whole.gauss_newton(theta) @ v, rtol=1e-12, atol=1e-14)
+
+
+def test_the_frames_weigh_alike_whatever_the_padding() -> None:
+    """The mean is over frames, not over utterances or micro-batches."""
+    model = net()
+    (x, y), theta = data(2), ParameterSpace(model).point()
+    parts = [Objective(model, CrossEntropy(), [(x[b : b + 1], y[b : b + 1])]) for b in range(2)]
+    both = Objective(model, CrossEntropy(), split(x, y, [1, 1]))
+    assert (parts[0].frames, parts[1].frames, both.frames) == (5, 4, 9)
+    assert both.value(theta) == pytest.approx((5 * parts[0].value(theta) + 4 * parts[1].value(theta)) / 9, rel=1e-13)
+
+
+def test_as_a_closure_it_gives_the_same_value_and_gradient() -> None:
+    model = net(dropout=0.4)
+    objective = Objective(model, CrossEntropy(), split(*data(), [2, 4]))
+    value, gradient = objective.value_and_grad(objective.space.point())
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 7.0)  # what an earlier step left behind
+    for _ in range(2):
+        with torch.no_grad():
+            closed = objective()
+        assert float(closed) == pytest.approx(value, rel=1e-13)
+        left = objective.space.flatten(p.grad for p in model.parameters() if p.grad is not None)
+        torch.testing.assert_close(left, gradient, rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "optimiser",
+    [
+        lambda params: torch.optim.Adam(params, lr=0.05),
+        lambda params: torch.optim.LBFGS(params, lr=0.5, max_iter=5),
+        lambda params: torch.optim.SGD(params, lr=0.3),
+    ],
+    ids=["Adam", "LBFGS", "SGD"],
+)
+def test_every_torch_optimiser_can_be_stepped_with_it(optimiser) -> None:  # type: ignore[no-untyped-def]
+    model = net()
+    objective = Objective(model, CrossEntropy(), split(*data(), [3, 3]))
+    first, step = objective.value(objective.space.point()), optimiser(model.parameters())
+    for _ in range(10):
+        step.step(objective)
+    assert objective.value(objective.space.point()) < 0.9 * first
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_dropout_draws_one_mask_for_value_gradient_and_products(device: str) -> None:
+    model = net(dropout=0.5).to(device)
+    batches = split(*data(), [2, 4])
+    objective = Objective(model, CrossEntropy(), batches, seed=3)
+    theta, v = objective.space.point(), draw(objective.space.size, seed=4).to(device)
+    value, gradient = objective.value_and_grad(theta)
+    torch.randn(17, device=device)  # other draws in between have no say
+    assert objective.value(theta) == value
+    slope = (objective.value(theta + 1e-6 * v) - objective.value(theta - 1e-6 * v)) / 2e-6
+    assert slope == pytest.approx(float(gradient @ v), rel=1e-5)
+    other = Objective(model, CrossEntropy(), batches, seed=4)
+    assert other.value(theta) != value
+    product = objective.gauss_newton(theta) @ v
+    assert torch.equal(objective.gauss_newton(theta) @ v, product)
+    assert not torch.allclose(other.gauss_newton(theta) @ v, product)
+
+
+def test_curvature_under_dropout_is_that_of_the_function_the_value_is_of() -> None:
+    """Squared error through the fixed mask is quadratic in the last layer, so the product is a second difference."""
+    model = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 2)).double()
+    objective = Objective(model, SquaredError(), [(draw(8, 3), draw(8, 2, seed=1)), (draw(4, 3, seed=2), draw(4, 2))])
+    theta, v = objective.space.point(), draw(8, seed=5)
+    second = objective.value(theta + v) - 2 * objective.value(theta) + objective.value(theta - v)
+    assert float(v @ (objective.gauss_newton(theta) @ v)) == pytest.approx(second, rel=1e-10)
+
+
+def test_the_random_numbers_outside_go_on_as_if_nothing_was_drawn() -> None:
+    objective = Objective(net(dropout=0.5), CrossEntropy(), split(*data(), [6]))
+    torch.manual_seed(11)
+    expected = torch.randn(4)
+    torch.manual_seed(11)
+    objective.value_and_grad(objective.space.point())
+    objective()
+    assert torch.equal(torch.randn(4), expected)
+
+
+def test_nothing_but_the_closure_touches_the_model() -> None:
+    model = net()
+    objective = Objective(model, CrossEntropy(), split(*data(), [6]))
+    before, theta = objective.space.point(), draw(objective.space.size)
+    objective.value_and_grad(theta)
+    objective.gauss_newton(theta) @ theta
+    assert torch.equal(objective.space.point(), before)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_curvature_may_see_other_data() -> None:
+    model, loss = net(), CrossEntropy()
+    small = split(*data(2), [2])
+    both = Objective(model, loss, split(*data(), [6]), small)
+    theta, v = both.space.point(), draw(both.space.size, seed=1)
+    assert (both.frames, both.curvature_frames) == (23, 9)
+    assert torch.equal(both.gauss_newton(theta) @ v, Objective(model, loss, small).gauss_newton(theta) @ v)
+    assert both.value(theta) == Objective(model, loss, split(*data(), [6])).value(theta)
+
+
+def test_an_unused_parameter_has_a_zero_gradient_and_product() -> None:
+    model = net()
+    model.register_parameter("idle", nn.Parameter(torch.ones(2, dtype=torch.float64)))
+    objective = Objective(model, CrossEntropy(), split(*data(), [6]))
+    theta = objective.space.point()
+    _, gradient = objective.value_and_grad(theta)
+    product = objective.gauss_newton(theta) @ torch.ones_like(theta)
+    for vector in (gradient, product):
+        views = objective.space.views(vector)
+        assert not views["idle"].any() and views["0.weight"].any()
+
+
+def test_low_precision_products_stay_close_and_results_in_the_parameters_type() -> None:
+    model = net().float()
+    batches = [(x.float(), y) for x, y in split(*data(), [2, 4])]
+    exact, fast = (Objective(model, CrossEntropy(), batches, autocast=kind) for kind in (None, torch.bfloat16))
+    theta = exact.space.point()
+    v = torch.ones_like(theta)
+    assert 0 < abs(fast.value(theta) - exact.value(theta)) < 0.02
+    product = fast.gauss_newton(theta) @ v
+    assert product.dtype == torch.float32 == fast.value_and_grad(theta)[1].dtype
+    assert float((product - exact.gauss_newton(theta) @ v).norm() / product.norm()) < 0.05
+
+
+def test_misuse_is_explained() -> None:
+    with pytest.raises(ValueError, match=r"gradient holds 0 micro-batches and no frame.*give it data"):
+        Objective(net(), CrossEntropy(), [])
+    nothing = (draw(1, 2, 3), torch.full((1, 2), -1))
+    with pytest.raises(ValueError, match="curvature holds 1 micro-batches and no frame"):
+        Objective(net(), CrossEntropy(), split(*data(), [6]), [nothing])

@@ -1,0 +1,38 @@
+"""A lexicon of few words with all that is hard about lexicons, and tyings for it."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+
+from quadric.speech.lexicon import Lexicon
+from quadric.speech.topology import STATES, Tying, monophone
+
+LEXICON = Lexicon(
+    (
+        ("AB", ("a", "b")),
+        ("A", ("a",)),  # the beginning of AB
+        ("B", ("b",)),  # AB sounds like A B
+        ("BE", ("b",)),  # a homophone of B
+        ("AB", ("b", "a")),  # a variant
+        ("ABBA", ("a", "b", "b", "a")),
+    )
+)
+
+
+def triphone(phones: tuple[str, ...], seed: int = 0) -> Tying:
+    """Every state of every phone but silence splits its contexts at random in up to three."""
+    rng = np.random.default_rng(seed)
+    named = ("SIL", *phones)
+    count = len(named)
+    table = np.empty((count, count, count, STATES), np.int32)
+    first = 0
+    for phone, state in product(range(count), range(STATES)):
+        drawn = rng.integers(3 if phone else 1, size=(count, count))
+        table[phone, :, :, state] = first + np.unique(drawn, return_inverse=True)[1].reshape(count, count)
+        first = int(table[phone, :, :, state].max()) + 1
+    return Tying(named, 3, table)
+
+
+TYINGS = {"mono": monophone(LEXICON.phones), "tri": triphone(LEXICON.phones)}
