@@ -49,8 +49,8 @@ class DecodeOptions:
     def __post_init__(self) -> None:
         if not 0.0 < self.beam < math.inf:
             raise ValueError(f"beam={self.beam} must be a positive cost; 13 is usual")
-        if self.max_active < 1:
-            raise ValueError(f"max_active={self.max_active} must be at least 1; 4000 is usual")
+        if self.max_active < 2:
+            raise ValueError(f"max_active={self.max_active} must be at least 2; 4000 is usual")
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,10 @@ class Decoder:
         options: the width of the search.
         jobs: processes; 1 works in the calling process. The results do not depend on it.
 
+    Raises:
+        FileNotFoundError: there is no such graph.
+        ValueError: the graph has pdfs or words beyond those given.
+
     >>> with Decoder(graph, lexicon.words, tying.num_pdfs, jobs=2) as decoder:  # doctest: +SKIP
     ...     hypotheses = decoder.decode(log_likelihoods, acoustic_scale=0.1)
     """
@@ -94,8 +98,7 @@ class Decoder:
     ) -> None:
         if jobs < 1:
             raise ValueError(f"jobs={jobs} must be at least 1")
-        if not Path(graph).is_file():
-            raise FileNotFoundError(f"graph={str(graph)!r}: there is no such graph file")
+        _check_labels(read_graph(graph), num_pdfs, len(words))
         self.words, self.num_pdfs, self.jobs = tuple(words), num_pdfs, jobs
         setup = (Path(graph), options or DecodeOptions())
         self._local: _Search | None = _Search(*setup) if jobs == 1 else None
@@ -208,6 +211,19 @@ class Decoder:
         return np.ascontiguousarray(scores, np.float32)
 
 
+def _check_labels(graph: kaldifst.StdVectorFst, num_pdfs: int, num_words: int) -> None:
+    """The decoder reads out of bounds where a label has no column."""
+    pdfs = words = 0
+    for state in kaldifst.StateIterator(graph):
+        for arc in kaldifst.ArcIterator(graph, state):
+            pdfs, words = max(pdfs, arc.ilabel), max(words, arc.olabel)
+    if pdfs > num_pdfs or words > num_words:
+        raise ValueError(
+            f"the graph has at least {pdfs} pdfs and {words} words, but num_pdfs={num_pdfs} and {num_words} words "
+            "were given: take the tying and the lexicon that the graph was built from"
+        )
+
+
 class _Task(NamedTuple):
     utterance: str
     scores: Scores
@@ -228,10 +244,7 @@ class _Search:
 
     def __init__(self, graph: Path, options: DecodeOptions) -> None:
         self._graph = read_graph(graph)
-        self._widths = [
-            kaldi_decoder.FasterDecoderOptions(beam=width * options.beam, max_active=round(width * options.max_active))
-            for width in (1.0, RETRY)
-        ]
+        self._widths = [_width(factor, options) for factor in (1.0, RETRY)]
         self._penalised = lru_cache(maxsize=4)(self._with_penalty)
 
     def _with_penalty(self, penalty: float) -> kaldifst.StdVectorFst:
@@ -254,6 +267,12 @@ class _Search:
             return _Found(task.utterance, [], math.inf, False, frames)
         _, _, labels, weight = kaldifst.get_linear_symbol_sequence(path)
         return _Found(task.utterance, labels, weight.value1 + weight.value2, reached_final, frames)
+
+
+def _width(factor: float, options: DecodeOptions) -> kaldi_decoder.FasterDecoderOptions:
+    most = round(factor * options.max_active)
+    # The decoder demands min_active < max_active; 20 is its default.
+    return kaldi_decoder.FasterDecoderOptions(beam=factor * options.beam, max_active=most, min_active=min(20, most - 1))
 
 
 _here: _Search | None = None

@@ -17,6 +17,7 @@ LEXICON = Lexicon(
         ("BE", ("b",)),  # a homophone of B
         ("AB", ("b", "a")),  # a variant
         ("ABBA", ("a", "b", "b", "a")),
+        ("ABBAH", ("a", "b", "b", "a")),  # a homophone that begins nothing
     )
 )
 
