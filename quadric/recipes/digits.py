@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from quadric.data.augment import SpecAugment
+from quadric.speech.gaussian import GaussianBootstrap
 from quadric.speech.synthesis import DigitCorpus
-from quadric.train.recipe import FirstOrder, HessianFree, Job, Network
+from quadric.train.recipe import Decoding, FirstOrder, FlatStart, HessianFree, Job, Network
 from quadric.train.sources import SpokenDigits
 
 
@@ -14,14 +16,22 @@ def digits(utterances: int = 600, seed: int = 0) -> Job:
         utterances: of the training set, about three seconds each; a sixth for development, a third for test.
         seed: of the corpus and of everything random.
     """
-    corpus = DigitCorpus(utterances=(utterances, max(1, utterances // 6), max(1, utterances // 3)), seed=seed)
+    corpus = DigitCorpus(
+        utterances=(utterances, max(1, utterances // 6), max(1, utterances // 3)), snr=(0.0, 15.0), seed=seed
+    )
     return Job(
         name="digits",
         train=SpokenDigits("train", corpus),
         dev=SpokenDigits("dev", corpus),
         test=SpokenDigits("test", corpus),
-        network=Network("tdnn", (256, 256, 256), offsets=((-2, -1, 0, 1, 2), (-3, 0, 3), (-6, 0, 6)), norm="none"),
-        adam=FirstOrder(epochs=8, gradient_frames=1000, lr=2e-3),
-        hessian_free=HessianFree(epochs=12, gradient_frames=100_000, curvature_frames=10_000, max_steps=30),
+        speeds=(0.9, 1.0, 1.1),
+        flat_start=FlatStart(gaussian=GaussianBootstrap(components=(1,) * 8), rounds=3),
+        network=Network(
+            "tdnn", (256,) * 3, offsets=((-2, -1, 0, 1, 2), (-3, 0, 3), (-6, 0, 6)), dropout=0.1, norm="none"
+        ),
+        augment=SpecAugment(),
+        adam=FirstOrder(epochs=4, lr=2e-3),
+        hessian_free=HessianFree(epochs=3, gradient_frames=60_000, curvature_frames=6_000, max_steps=30),
+        decoding=Decoding(lm_weights=(3.0, 5.0, 8.0, 12.0), word_penalties=(-1.0, 0.0, 1.0)),
         seed=seed,
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 from quadric.data.augment import SpecAugment
 from quadric.speech.features import Fbank
 from quadric.speech.tree import TreeOptions
-from quadric.train.recipe import FirstOrder, HessianFree, Job, Network
+from quadric.train.recipe import Decoding, FirstOrder, FlatStart, HessianFree, Job, Network
 from quadric.train.sources import KaldiDirectory
 
 
@@ -25,11 +25,15 @@ def speechocean(data: Path, seed: int = 0) -> Job:
         test=KaldiDirectory(data / "data" / "test"),
         lexicon=data / "lexicon.txt",
         fbank=Fbank(high=-400.0),
+        speeds=(0.9, 1.0, 1.1),
+        flat_start=FlatStart(rounds=3),
         tree=TreeOptions(leaves=800),
         augment=SpecAugment(),
-        network=Network("tdnn", (640,) * 5, dropout=0.1),
-        adam=FirstOrder(epochs=8),
-        hessian_free=HessianFree(epochs=8),
+        network=Network("tdnn", (512,) * 5, dropout=0.1),
+        chunk=80,
+        adam=FirstOrder(epochs=4),
+        hessian_free=HessianFree(epochs=1.25, gradient_frames=150_000, curvature_frames=8_000, max_steps=40),
+        decoding=Decoding(lm_weights=(6.0, 8.0, 10.0, 12.0), word_penalties=(0.0, 1.0, 2.0)),
         autocast=True,
         seed=seed,
     )

@@ -42,7 +42,7 @@ class GaussianBootstrap:
         variance_floor: smallest variance, as a share of the variance of all frames.
     """
 
-    components: tuple[int, ...] = (1,) * 18 + (2,) * 3 + (4,) * 3
+    components: tuple[int, ...] = (1,) * 12
     cepstra: int = 13
     least_frames: int = 5
     variance_floor: float = 0.05
