@@ -109,7 +109,8 @@ class SecondOrder(torch.optim.Optimizer):
         if step is not None:
             self._move(space, step.direction)
         self._remember(space, path.points[-1].x if path.points and step is not None else None)
-        self.param_groups[0]["damping"] = self.rule.update(damping, ratio)
+        if path.outcome is not Outcome.ZERO_RIGHT_HAND_SIDE:  # where nothing was asked, nothing was learnt
+            self.param_groups[0]["damping"] = self.rule.update(damping, ratio)
         self.diagnosis = _diagnose(local, path, step, ratio, damping, search.calls)
         return torch.tensor(value, dtype=torch.float64)
 

@@ -214,3 +214,16 @@ def test_misuse_is_explained() -> None:
         hessian_free(model.parameters(), damping=-1.0)
     with pytest.raises(ValueError, match=r"momentum=1\.5: a share between 0 and 1"):
         hessian_free(model.parameters(), momentum=1.5)
+
+
+def test_at_a_minimum_nothing_changes_not_even_the_damping() -> None:
+    model = nn.Linear(2, 1).double()
+    inputs = torch.randn(8, 2, dtype=torch.float64)
+    objective = Objective(model, SquaredError(), [(inputs, model(inputs).detach())])
+    optimizer = hessian_free(model.parameters(), damping=0.5)
+    before = objective.space.point()
+    optimizer.step(objective)
+    assert optimizer.diagnosis is not None
+    assert optimizer.diagnosis.outcome is Outcome.ZERO_RIGHT_HAND_SIDE
+    assert torch.equal(objective.space.point(), before)
+    assert optimizer.param_groups[0]["damping"] == 0.5
