@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import difflib
 import inspect
+import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +21,7 @@ try:
     from quadric.train.overrides import convert, options, override
     from quadric.train.pipeline import decode_directory, report, run
     from quadric.train.recipe import Job
+    from quadric.train.stages import plain
     from quadric.train.trainer import Interrupted
 except ModuleNotFoundError as missing:
     if (missing.name or "").startswith("quadric"):
@@ -24,14 +29,32 @@ except ModuleNotFoundError as missing:
     sys.exit(f"quadric: {missing.name} is not installed: pip install 'quadric[speech]'")
 
 
+_IN_PYTHON = {
+    "allow_commands=True": "--allow-commands",
+    "on_missing='count'": "--count-missing",
+}
+"""Arguments that messages name, and the options that stand for them here."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0 done, 1 an error of the input, 2 of the call, 130 interrupted."""
     parser = _parser()
-    chosen = parser.parse_args(arguments)
+    chosen, rest = parser.parse_known_args(arguments)
+    # argparse takes the overrides only where they stand in one row.
+    if chosen.command is not _train or any(word.startswith("-") or "=" not in word for word in rest):
+        if rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    else:
+        chosen.overrides += rest
     try:
         chosen.command(chosen)
-    except (ValueError, OSError) as error:
-        print(f"quadric: {error}", file=sys.stderr)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read the output has enough of it; nothing is left to be flushed when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        print(f"quadric: {_sentence(error)}", file=sys.stderr)
         return 1
     except Interrupted as stop:
         print(f"quadric: {stop}", file=sys.stderr)
@@ -117,22 +140,37 @@ def _job(name: str, assignments: Sequence[str]) -> Job:
     arguments: dict[str, Any] = {}
     overrides = []
     for assignment in assignments:
-        key, _, text = assignment.partition("=")
-        if key in parameters:
+        key, equals, text = assignment.partition("=")
+        if key in parameters and equals:
             arguments[key] = convert(parameters[key].annotation, text, key)
         else:
             overrides.append(assignment)
+    _check_names(name, overrides, list(parameters))
     missing = [p.name for p in parameters.values() if p.default is p.empty and p.name not in arguments]
     if missing:
         raise ValueError(f"recipe {name} needs {' '.join(f'{key}=...' for key in missing)}")
     return override(recipe(**arguments), overrides)
 
 
+def _check_names(recipe: str, overrides: Sequence[str], arguments: Sequence[str]) -> None:
+    """Raises ``ValueError`` for an override that is meant for no option, with those that may be meant."""
+    known = [*arguments, *(field.name for field in dataclasses.fields(Job))]
+    for override_ in overrides:
+        path, equals, _ = override_.partition("=")
+        name = path.split(".")[0]
+        if not equals:
+            raise ValueError(f"{override_!r} has no '=': write option=value, such as adam.lr=3e-4")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else "--options lists what there is"
+            raise ValueError(f"{path}: recipe {recipe} has no argument or option {name!r}; {hint}")
+
+
 def _train(chosen: argparse.Namespace) -> None:
     job = _job(chosen.recipe, chosen.overrides)
     if chosen.options:
         for path, value in options(job):
-            print(f"{path}={value}")
+            print(f"{path}={_written(value)}")
         return
     work = chosen.work / job.name
     with logged(work / "log"):
@@ -140,6 +178,22 @@ def _train(chosen: argparse.Namespace) -> None:
     for line in outcome.lines:
         print(line)
     print(f"report: {outcome.report}")
+
+
+def _written(value: Any) -> str:
+    """``value`` as an override takes it."""
+    value = plain(value)
+    return value if isinstance(value, str) else "none" if value is None else json.dumps(value)
+
+
+def _sentence(error: Exception) -> str:
+    """What went wrong, and what to do about it on the command line."""
+    message = str(error)
+    if isinstance(error, OSError) and error.errno is not None:
+        message = f"{error.strerror}" + (f": {error.filename}" if error.filename else "")
+    for argument, option in _IN_PYTHON.items():
+        message = message.replace(argument, option)
+    return message
 
 
 def _decode(chosen: argparse.Namespace) -> None:

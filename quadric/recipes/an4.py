@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from quadric.data.augment import SpecAugment
-from quadric.train.recipe import FirstOrder, HessianFree, Job, Network
+from quadric.train.recipe import Decoding, FirstOrder, HessianFree, Job, Network
 from quadric.train.sources import An4
 
 
@@ -26,6 +26,7 @@ def an4(data: Path, seed: int = 0) -> Job:
         augment=SpecAugment(frequency_masks=0),
         network=Network("tdnn", (384,) * 4, offsets=((-2, -1, 0, 1, 2), (-3, 0, 3), (-6, 0, 6), (0,)), dropout=0.2),
         adam=FirstOrder(epochs=12),
-        hessian_free=HessianFree(epochs=12),
+        hessian_free=HessianFree(epochs=10, gradient_frames=100_000, curvature_frames=8_000, max_steps=40),
+        decoding=Decoding(lm_weights=(3.0, 5.0, 8.0, 12.0), word_penalties=(-1.0, 0.0, 1.0)),
         seed=seed,
     )

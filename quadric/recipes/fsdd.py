@@ -6,7 +6,7 @@ from pathlib import Path
 
 from quadric.data.augment import SpecAugment
 from quadric.speech.features import Fbank
-from quadric.train.recipe import FirstOrder, HessianFree, Job, Network
+from quadric.train.recipe import Decoding, FirstOrder, FlatStart, HessianFree, Job, Network
 from quadric.train.sources import DigitStrings
 
 
@@ -25,8 +25,12 @@ def fsdd(data: Path, seed: int = 0) -> Job:
         fbank=Fbank(rate=8000),
         speeds=(0.85, 1.0, 1.15),
         augment=SpecAugment(),
-        network=Network("tdnn", (384,) * 4, offsets=((-2, -1, 0, 1, 2), (-3, 0, 3), (-6, 0, 6), (0,)), dropout=0.1),
-        adam=FirstOrder(epochs=6),
-        hessian_free=HessianFree(epochs=6),
+        flat_start=FlatStart(rounds=2),
+        network=Network(
+            "tdnn", (256,) * 3, offsets=((-2, -1, 0, 1, 2), (-3, 0, 3), (-6, 0, 6)), dropout=0.2, norm="none"
+        ),
+        adam=FirstOrder(epochs=2),
+        hessian_free=HessianFree(epochs=1, gradient_frames=150_000, curvature_frames=10_000, max_steps=30),
+        decoding=Decoding(lm_weights=(3.0, 5.0, 8.0, 12.0), word_penalties=(-1.0, 0.0, 1.0)),
         seed=seed,
     )

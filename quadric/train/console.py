@@ -38,19 +38,32 @@ class _BesideBars(logging.Handler):
 
 @contextmanager
 def logged(file: Path) -> Iterator[None]:
-    """While inside: everything to ``file``, what a person should know to the terminal."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    """While inside: everything to ``file``, what a person should know to the terminal.
+
+    Where an exception leaves, ``file`` tells where it was raised.
+
+    Raises:
+        OSError: ``file`` cannot be written; the message names the remedy.
+    """
     root = logging.getLogger("quadric")
-    written = logging.FileHandler(file, encoding="utf-8")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        written = logging.FileHandler(file, encoding="utf-8")
+    except OSError as error:
+        problem = f"cannot write to {file.parent}: {error.strerror}: choose another folder or change its permissions"
+        raise OSError(error.errno, problem) from error
     written.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     shown = _BesideBars(logging.INFO)
     shown.setFormatter(logging.Formatter("%(message)s"))
     level = root.level
-    root.setLevel(logging.INFO)
+    root.setLevel(logging.DEBUG)
     for handler in (written, shown):
         root.addHandler(handler)
     try:
         yield
+    except Exception:
+        root.debug("an exception ends the work", exc_info=True)
+        raise
     finally:
         for handler in (written, shown):
             root.removeHandler(handler)

@@ -58,7 +58,8 @@ class Aligned:
 def flat_start(job: Job, prepared: Prepared, stages: Stages, progress: Progress) -> Aligned:
     """Alignments of the training and development sets. Utterances that cannot be aligned are left out, and named."""
     tying = monophone(prepared.lexicon.phones)
-    key = (prepared.key, job.flat_start, job.alignments, job.seed)
+    given = None if job.alignments is None else _content(job.alignments)
+    key = (prepared.key, job.flat_start, given, job.chunk, job.autocast, job.seed)
 
     def make(folder: Path) -> None:
         first = _first_alignments(job, prepared, tying, stages, progress)
@@ -118,11 +119,11 @@ def _imported(path: Path, prepared: Prepared, tying: Tying) -> dict[str, Int32[n
     features = prepared.features["train"]
     if path.suffix != ".ctm":
         known = {id: row for id, row in load_alignments(path).items() if id in features}
+        _refuse_none(known, path)
         lengths = {id: len(features[id]) for id in known}
         return fit_lengths(known, lengths, num_pdfs=tying.num_pdfs, tolerance=2)
     tokens = {id: times for id, times in read_ctm(path).items() if id in features}
-    if not tokens:
-        raise ValueError(f"alignments={path}: no utterance of the training set is in it")
+    _refuse_none(tokens, path)
     words = {token.label for times in tokens.values() for token in times} <= set(prepared.lexicon.words)
     return {
         id: targets_from_words(times, len(features[id]), prepared.lexicon, tying)
@@ -130,6 +131,17 @@ def _imported(path: Path, prepared: Prepared, tying: Tying) -> dict[str, Int32[n
         else targets_from_phones(times, len(features[id]), tying)
         for id, times in tokens.items()
     }
+
+
+def _content(path: Path) -> np.ndarray:
+    if not path.is_file():
+        raise FileNotFoundError(f"alignments={path}: there is no such file")
+    return np.fromfile(path, np.uint8)
+
+
+def _refuse_none(found: Mapping[str, object], path: Path) -> None:
+    if not found:
+        raise ValueError(f"alignments={path}: no utterance of the training set is in it")
 
 
 def _train(
@@ -147,7 +159,7 @@ def _train(
     _fit(job, model, CrossEntropy(), frames, options.warm, folder / "warm", progress, "flat start: first alignments")
     if not options.rounds:
         return model, log_prior.numpy()
-    corpus = prepared.corpora["train"].by_id
+    corpus = prepared.perturbed.by_id
     graphs = AlignmentGraphs(prepared.lexicon, tying)
     automata = {
         id: FullSumTarget(graphs.automaton(corpus[id].words), len(features[id]))

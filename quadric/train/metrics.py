@@ -79,9 +79,10 @@ class MetricsLog:
         """Removes the records of later updates, and a line cut short. The others stay as they are to the byte."""
         self._last = None
         if self.path.exists():
-            kept = [line for line, record in self._lines() if _update(record, str(self.path)) <= update]
-            with new_file(self.path) as temporary:
-                temporary.write_bytes(b"".join(kept))
+            kept = b"".join(line for line, record in self._lines() if _update(record, str(self.path)) <= update)
+            if len(kept) < self.path.stat().st_size:
+                with new_file(self.path) as temporary:
+                    temporary.write_bytes(kept)
 
     def _lines(self) -> list[tuple[bytes, Record]]:
         """Each whole line with its record."""

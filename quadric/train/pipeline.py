@@ -37,7 +37,7 @@ from quadric.train.metrics import MetricsLog
 from quadric.train.prepare import Prepared, make_features, prepare
 from quadric.train.recipe import Job, Method
 from quadric.train.report import Environment, Report, Run, Sweep, write_report
-from quadric.train.sources import Material
+from quadric.train.sources import material
 from quadric.train.stages import Stages, digest, plain
 from quadric.train.system import System
 from quadric.train.trainer import Plan, Trainer
@@ -190,8 +190,10 @@ def _tested(job: Job, prepared: Prepared, units: Units, folder: Path, progress: 
                 _write_decoded(out / split, corpus, {id: hypothesis.words for id, hypothesis in found.items()})
         system.save(out / "system")
 
-    decoded = Stages(folder).make("decoded", job.decoding, units.graph.parent.name, prepared.key, by=make)
+    key = (job.decoding, units.graph.parent.name, prepared.key, prepared.test_key)
+    decoded = Stages(folder).make("decoded", *key, by=make)
     _point(folder / "decoded", decoded)
+    _point(folder / "system", decoded / "system")
     return decoded
 
 
@@ -236,7 +238,7 @@ def decode_directory(
         system.lm_weight if lm_weight is None else lm_weight,
         system.word_penalty if word_penalty is None else word_penalty,
     )
-    features = make_features(Material(corpus, None), system.front, out / "cache", jobs, progress)
+    features = make_features(material(corpus), system.front, out / "cache", jobs, progress)
     scores = system.likelihoods(features)
     with system.decoder(jobs=jobs) as decoder:
         found = system.recognise(decoder, scores, progress=progress)
@@ -370,8 +372,11 @@ def _spread(corpus: Corpus, count: int) -> Corpus:
 
 
 def _point(link: Path, folder: Path) -> None:
-    """Makes ``link`` a relative link to ``folder``, which lies beside it."""
+    """Makes ``link`` a relative link to ``folder``, which lies beside or below it."""
+    target = folder.relative_to(link.parent)
+    if link.is_symlink() and link.readlink() == target:
+        return
     temporary = link.with_name(f".{link.name}.part")
     temporary.unlink(missing_ok=True)
-    temporary.symlink_to(folder.name)
+    temporary.symlink_to(target)
     temporary.replace(link)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -18,7 +20,7 @@ from quadric.speech.lexicon import Lexicon, read_lexicon
 from quadric.speech.normalisation import add_deltas, normalise
 from quadric.speech.synthesis import DIGIT_LEXICON
 from quadric.train.recipe import Job
-from quadric.train.sources import SPLITS, Material, Split
+from quadric.train.sources import SPLITS, Material, Source, Split
 from quadric.train.stages import Stages, digest
 from quadric.train.system import Front
 
@@ -49,9 +51,17 @@ class Prepared:
 
     @cached_property
     def key(self) -> str:
-        """Names what is said, how it sounds and which words there are."""
-        corpora = [self.corpora[split].utterances for split in SPLITS]
-        return digest(corpora, dict(self.features["train"]), dict(self.features["dev"]), self.lexicon)
+        """Names all that training depends on: what is said, how it sounds and which words there are."""
+        return digest(self._said_and_heard("train"), self._said_and_heard("dev"), self.lexicon)
+
+    @cached_property
+    def test_key(self) -> str:
+        """Names the test set."""
+        return digest(self._said_and_heard("test"))
+
+    def _said_and_heard(self, split: Split) -> object:
+        """Without the places of the files, which may move."""
+        return [(u.id, u.speaker, u.words) for u in self.corpora[split]], dict(self.features[split])
 
     @property
     def dimension(self) -> int:
@@ -63,7 +73,7 @@ def prepare(job: Job, stages: Stages, progress: Progress) -> Prepared:
     """Reads the sets, computes features, checks the words, estimates the language model."""
     cache = stages.work / "cache"
     sources = {"train": job.train, "dev": job.dev, "test": job.test}
-    materials = {split: sources[split].load(cache, jobs=job.jobs, progress=progress) for split in SPLITS}
+    materials = {split: _load(sources[split], split, cache, job.jobs, progress) for split in SPLITS}
     lexicon = Lexicon(DIGIT_LEXICON) if job.lexicon is None else read_lexicon(job.lexicon)
     materials = {split: _known(material, lexicon, job, split) for split, material in materials.items()}
     if any(material.features is not None for material in materials.values()) and job.speeds != (1.0,):
@@ -72,7 +82,12 @@ def prepare(job: Job, stages: Stages, progress: Progress) -> Prepared:
     front = Front(job.fbank, job.normalisation, job.deltas)
     features = {
         split: make_features(
-            Material(perturbed, None) if split == "train" and perturbed else material, front, cache, job.jobs, progress
+            Material(perturbed, None) if split == "train" and perturbed else material,
+            front,
+            cache,
+            job.jobs,
+            progress,
+            on_bad_audio=job.on_bad_audio,
         )
         for split, material in materials.items()
     }
@@ -88,13 +103,32 @@ def prepare(job: Job, stages: Stages, progress: Progress) -> Prepared:
     return Prepared(corpora, perturbed or corpora["train"], features, front, lexicon, arpa, perplexity)
 
 
+def _load(source: Source, split: Split, cache: Path, jobs: int, progress: Progress) -> Material:
+    """The set; what a message says about an argument of its reader is said about the source's option as well."""
+    try:
+        return source.load(cache, jobs=jobs, progress=progress)
+    except ValueError as error:
+        named = dict(re.findall(r"""(\w+)=["']?(\w+)""", str(error)))
+        given = [f"{split}.{name}={value.lower()}" for name, value in named.items() if hasattr(source, name)]
+        raise ValueError(f"{split}: {error}{f' (that is {given[-1]})' if given else ''}") from error
+
+
 def make_features(
-    material: Material, front: Front, cache: Path, jobs: int, progress: Progress
+    material: Material,
+    front: Front,
+    cache: Path,
+    jobs: int,
+    progress: Progress,
+    *,
+    on_bad_audio: Literal["error", "drop"] = "error",
 ) -> Mapping[str, np.ndarray]:
     """Normalised features of every utterance, in memory; from audio, or from the features that came with it."""
     corpus, features = material
     if features is None:
-        features = extract(corpus, front.fbank, cache / "features", jobs=jobs, progress=progress)
+        features = extract(
+            corpus, front.fbank, cache / "features", jobs=jobs, on_bad_audio=on_bad_audio, progress=progress
+        )
+        corpus = corpus.subset(features)
     if front.deltas:
         features = add_deltas(features, front.deltas)
     normalised = normalise(features, corpus, front.normalisation)

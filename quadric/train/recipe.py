@@ -86,6 +86,11 @@ class Method(ABC):
 
     curvature_frames: ClassVar[int] = 0
 
+    def __post_init__(self) -> None:
+        for name in ("epochs", "gradient_frames"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be positive")
+
     @abstractmethod
     def build(self, params: Iterable[nn.Parameter]) -> Optimizer:
         """The optimiser over ``params``."""
@@ -145,7 +150,7 @@ class HessianFree(Method):
     epochs: float = 8.0
     gradient_frames: int = 200_000
     curvature_frames: int = 20_000  # type: ignore[misc]
-    damping: float = 1.0
+    damping: float = 0.1
     max_steps: int = 50
     tolerance: float = 5e-4
     momentum: float = 0.95
@@ -216,6 +221,7 @@ class Job:
         train, dev, test: where each set comes from.
         lexicon: file of pronunciations; None: the English digits'.
         unknown_words: ``"error"``, or ``"drop"`` the utterances that hold one.
+        on_bad_audio: ``"error"``, or ``"drop"`` the utterances whose audio is missing or damaged.
         fbank: filterbank features of audio.
         normalisation: of the features.
         deltas: orders of differences appended to the features.
@@ -241,6 +247,7 @@ class Job:
     test: Source
     lexicon: Path | None = None
     unknown_words: Literal["error", "drop"] = "error"
+    on_bad_audio: Literal["error", "drop"] = "error"
     fbank: Fbank = field(default_factory=Fbank)
     normalisation: Normalisation = field(default_factory=Normalisation)
     deltas: int = 0
@@ -259,6 +266,12 @@ class Job:
     autocast: bool = False
     seed: int = 0
     jobs: int = 2
+
+    def __post_init__(self) -> None:
+        if self.jobs < 1 or self.seed < 0 or self.chunk < 1:
+            raise ValueError(f"jobs={self.jobs} and chunk={self.chunk} must be at least 1, seed={self.seed} at least 0")
+        if not self.methods:
+            raise ValueError("adam and hessian_free are both none: leave at least one training in")
 
     @property
     def methods(self) -> dict[str, Method]:

@@ -28,6 +28,12 @@ class Material(NamedTuple):
     features: Mapping[str, np.ndarray] | None
 
 
+def material(corpus: Corpus) -> Material:
+    """A corpus with audio, or with the features that it names."""
+    has_audio = all(utterance.audio is not None for utterance in corpus)
+    return Material(corpus, None if has_audio else FeatureStore.from_corpus(corpus))
+
+
 class Source(ABC):
     """A set of utterances that is yet to be read, rendered or synthesised."""
 
@@ -66,8 +72,7 @@ class KaldiDirectory(Source):
         )
         if self.keep is not None:
             corpus = corpus.subset(self.keep.read_text().split())
-        has_audio = all(utterance.audio is not None for utterance in corpus)
-        return Material(corpus, None if has_audio else FeatureStore.from_corpus(corpus))
+        return material(corpus)
 
 
 @dataclass(frozen=True)

@@ -146,6 +146,9 @@ class Trainer:
         self.folder.mkdir(parents=True, exist_ok=True)
         if (self.folder / "state.pt").exists():
             self._load()
+            if self.update >= self.updates:
+                return checkpoint.load(self.folder / "model.pt")
+            logger.info("going on from update %d of %d in %s", self.update, self.updates, self.folder)
         else:
             self._metrics.truncate_after(-1)
             self._log(self._judge())
@@ -241,7 +244,6 @@ class Trainer:
         self.update, self.seconds, self.best = state["update"], state["seconds"], state["best"]
         self._objectives = state["objectives"]
         self._metrics.truncate_after(self.update)
-        logger.info("going on from update %d of %d in %s", self.update, self.updates, self.folder)
 
 
 @contextmanager
