@@ -9,7 +9,7 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,13 @@ except ModuleNotFoundError as missing:
     sys.exit(f"quadric: {missing.name} is not installed: pip install 'quadric[speech]'")
 
 
-_IN_PYTHON = {
-    "allow_commands=True": "--allow-commands",
-    "on_missing='count'": "--count-missing",
+_HERE = {
+    "train": {'on_bad_audio="drop"': "on_bad_audio=drop"},
+    "decode": {'on_bad_audio="drop"': "--drop-bad-audio", "allow_commands=True": "--allow-commands"},
+    "score": {"on_missing='count'": "--count-missing"},
+    "report": {},
 }
-"""Arguments that messages name, and the options that stand for them here."""
+"""Of each command, the arguments that messages name and what stands for them on the command line."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        print(f"quadric: {_sentence(error)}", file=sys.stderr)
+        print(f"quadric: {_sentence(error, _HERE[chosen.name])}", file=sys.stderr)
         return 1
     except Interrupted as stop:
         print(f"quadric: {stop}", file=sys.stderr)
@@ -84,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--work", type=Path, default=Path("exp"), help="folder of working folders (default: exp)")
     train.add_argument("--options", action="store_true", help="print all options with their values, and stop")
-    train.set_defaults(command=_train)
+    train.set_defaults(command=_train, name="train")
 
     decode = commands.add_parser(
         "decode",
@@ -99,8 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     decode.add_argument("--lm-weight", type=float, help="language-model weight (default: the system's)")
     decode.add_argument("--word-penalty", type=float, help="cost of a word, in nats (default: the system's)")
     decode.add_argument("--allow-commands", action="store_true", help="run the shell commands of wav.scp")
+    decode.add_argument("--drop-bad-audio", action="store_true", help="leave out what is missing or damaged")
     decode.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
-    decode.set_defaults(command=_decode)
+    decode.set_defaults(command=_decode, name="decode")
 
     scoring = commands.add_parser(
         "score",
@@ -111,11 +114,11 @@ def _parser() -> argparse.ArgumentParser:
     scoring.add_argument("hypothesis", type=Path)
     scoring.add_argument("--utt2spk", type=Path, help="speakers, for errors per speaker")
     scoring.add_argument("--count-missing", action="store_true", help="count missing hypotheses as deletions")
-    scoring.set_defaults(command=_score)
+    scoring.set_defaults(command=_score, name="score")
 
     again = commands.add_parser("report", help="write the report of a finished job again")
     again.add_argument("work", type=Path, help="a working folder, such as exp/digits")
-    again.set_defaults(command=_report)
+    again.set_defaults(command=_report, name="report")
     return parser
 
 
@@ -186,12 +189,12 @@ def _written(value: Any) -> str:
     return value if isinstance(value, str) else "none" if value is None else json.dumps(value)
 
 
-def _sentence(error: Exception) -> str:
+def _sentence(error: Exception, here: Mapping[str, str]) -> str:
     """What went wrong, and what to do about it on the command line."""
     message = str(error)
     if isinstance(error, OSError) and error.errno is not None:
         message = f"{error.strerror}" + (f": {error.filename}" if error.filename else "")
-    for argument, option in _IN_PYTHON.items():
+    for argument, option in here.items():
         message = message.replace(argument, option)
     return message
 
@@ -205,6 +208,7 @@ def _decode(chosen: argparse.Namespace) -> None:
             chosen.out,
             lm_weight=chosen.lm_weight,
             word_penalty=chosen.word_penalty,
+            on_bad_audio="drop" if chosen.drop_bad_audio else "error",
             jobs=chosen.jobs,
             progress=bar,
         )

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -225,6 +225,7 @@ def decode_directory(
     *,
     lm_weight: float | None = None,
     word_penalty: float | None = None,
+    on_bad_audio: Literal["error", "drop"] = "error",
     jobs: int = 2,
     progress: Progress = silent,
 ) -> tuple[str, ...]:
@@ -238,7 +239,7 @@ def decode_directory(
         system.lm_weight if lm_weight is None else lm_weight,
         system.word_penalty if word_penalty is None else word_penalty,
     )
-    features = make_features(material(corpus), system.front, out / "cache", jobs, progress)
+    features = make_features(material(corpus), system.front, out / "cache", jobs, progress, on_bad_audio=on_bad_audio)
     scores = system.likelihoods(features)
     with system.decoder(jobs=jobs) as decoder:
         found = system.recognise(decoder, scores, progress=progress)

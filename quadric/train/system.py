@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -114,6 +115,12 @@ class System:
     decoding: Decoding
     lm_weight: float = 10.0
     word_penalty: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.lm_weight < math.inf or not math.isfinite(self.word_penalty):
+            raise ValueError(
+                f"lm_weight={self.lm_weight} must be positive, and word_penalty={self.word_penalty} a number"
+            )
 
     def likelihoods(self, features: Mapping[str, np.ndarray], *, autocast: bool = False) -> Likelihoods:
         """Scores for decoding and alignment."""

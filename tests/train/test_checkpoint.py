@@ -28,12 +28,12 @@ def test_a_failed_save_leaves_the_old_one(tmp_path: Path) -> None:
 
 
 def test_errors_name_the_file(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="nothing.pt"):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.pt"):
         checkpoint.load(tmp_path / "nothing.pt")
     whole = tmp_path / "whole.pt"
     checkpoint.save({"x": torch.zeros(1000)}, whole)
     (tmp_path / "torn.pt").write_bytes(whole.read_bytes()[:500])
-    with pytest.raises(ValueError, match="torn.pt"):
+    with pytest.raises(ValueError, match=r"torn\.pt"):
         checkpoint.load(tmp_path / "torn.pt")
 
 
@@ -43,6 +43,6 @@ def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
             return (Path(tmp_path / "ran").touch, ())
 
     torch.save({"x": Evil()}, tmp_path / "evil.pt")
-    with pytest.raises(ValueError, match="evil.pt"):
+    with pytest.raises(ValueError, match=r"evil\.pt"):
         checkpoint.load(tmp_path / "evil.pt")
     assert not (tmp_path / "ran").exists()
