@@ -22,10 +22,10 @@ import kaldi_decoder
 import kaldifst
 import kaldiio
 import numpy as np
-from jaxtyping import Float, Float64, Int32
+from jaxtyping import Float, Int32
 
+from quadric.files import new_file
 from quadric.progress import Progress, silent
-from quadric.speech.files import whole_file, writing_to
 from quadric.speech.graph import AlignmentGraphs
 from quadric.speech.lexicon import Lexicon
 from quadric.speech.tables import few
@@ -294,7 +294,7 @@ def _search(id: str, scores: np.ndarray) -> _Found:
 
 def save_alignments(path: str | os.PathLike[str], pdfs: Mapping[str, Int32[np.ndarray, " T"]]) -> None:
     """Writes a Kaldi archive of integer vectors; the file appears whole or not at all."""
-    with writing_to(Path(path).parent), whole_file(Path(path)) as file:
+    with new_file(Path(path)) as temporary, temporary.open("wb") as file:
         kaldiio.save_ark(file, {id: np.asarray(pdfs[id], np.int32) for id in sorted(pdfs)})
 
 
@@ -346,18 +346,3 @@ def fit_lengths(
         id: np.pad(row[: frames[id]], (0, max(0, frames[id] - len(row))), mode="edge").astype(np.int32)
         for id, row in pdfs.items()
     }
-
-
-def log_priors(
-    alignments: Iterable[Int32[np.ndarray, " T"]], num_pdfs: int, *, floor: float = 1e-5
-) -> Float64[np.ndarray, " C"]:
-    """The log of the relative frequency of each pdf, none below ``floor``."""
-    if not 0.0 < floor * num_pdfs < 1.0:
-        raise ValueError(f"floor={floor} must be positive and below 1/{num_pdfs}")
-    counts = np.zeros(num_pdfs, np.int64)
-    for row in alignments:
-        counts += np.bincount(row, minlength=num_pdfs)
-    if not counts.sum():
-        raise ValueError("alignments hold no frame: there is nothing to count")
-    shares = np.maximum(counts / counts.sum(), floor)
-    return np.log(shares / shares.sum())

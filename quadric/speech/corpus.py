@@ -17,7 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
-from quadric.speech.files import whole_folder, writing_to
+from quadric.files import new_folder
 from quadric.speech.tables import few, fields, find_features, find_root, one_field, read_table, something
 
 logger = logging.getLogger(__name__)
@@ -296,13 +296,11 @@ def write_data_dir(corpus: Corpus, path: str | os.PathLike[str]) -> None:
         "feats.scp": {u.id: u.features for u in corpus if u.features is not None},
         **_audio_tables(corpus),
     }
-    with writing_to(folder), whole_folder(folder) as temporary:
+    with new_folder(folder, exclusive=True) as temporary:
         for table, rows in tables.items():
             if rows:
                 with open(temporary / table, "w", encoding="utf-8", newline="\n") as file:
                     file.writelines(f"{id} {rows[id]}\n" for id in sorted(rows))
-                    file.flush()
-                    os.fsync(file.fileno())
 
 
 def _check_writable(corpus: Corpus) -> None:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float64, Int32, Integer
 
-from quadric.speech.files import whole_file, writing_to
+from quadric.files import new_file
 from quadric.speech.lexicon import SILENCE, Lexicon
 from quadric.speech.tables import few
 from quadric.speech.topology import STATES, Segment, Tying, phone_segments
@@ -73,8 +73,8 @@ def write_ctm(path: str | os.PathLike[str], tokens: Mapping[str, Sequence[Token]
         for utterance in sorted(tokens)
         for token in tokens[utterance]
     ]
-    with writing_to(Path(path).parent), whole_file(Path(path)) as file:
-        file.write("".join(lines).encode())
+    with new_file(Path(path)) as temporary:
+        temporary.write_bytes("".join(lines).encode())
 
 
 def word_segments(

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from quadric.speech.files import whole_folder, writing_to
+from quadric.files import new_folder
 
 _TOOL = "make_strings.py"
 _LIST = "list.tsv"  # the copy of the list a folder was rendered from
@@ -42,7 +42,7 @@ def render_strings(
             raise ValueError(f"out={out} was rendered from another list than {strings}: choose another folder")
         return out
     program = _find_tool(data, tool)
-    with writing_to(out), whole_folder(out) as temporary:
+    with new_folder(out, exclusive=True) as temporary:
         command = [sys.executable, str(program), "render", "--data", str(data), "--split", split]
         done = subprocess.run([*command, "--out", str(temporary)], capture_output=True, text=True, check=False)
         if done.returncode != 0:

@@ -10,8 +10,8 @@ import kaldiio
 import numpy as np
 from jaxtyping import Float32
 
+from quadric.files import new_file
 from quadric.speech.corpus import Corpus
-from quadric.speech.files import whole_file
 from quadric.speech.tables import few, find_features, read_table, something
 
 
@@ -75,12 +75,12 @@ class FeatureStore(Mapping[str, np.ndarray]):
 def write_shard(folder: Path, name: str, features: Mapping[str, Float32[np.ndarray, "T D"]]) -> None:
     """Writes ``name.ark`` and then ``name.scp``, whose presence says that both are complete."""
     places = {}
-    with whole_file(folder / f"{name}.ark") as file:
+    with new_file(folder / f"{name}.ark") as temporary, temporary.open("wb") as file:
         for id, matrix in features.items():
             places[id] = f"{name}.ark:{file.tell() + len(id.encode()) + 1}"
             kaldiio.save_ark(file, {id: np.asarray(matrix, np.float32)})
-    with whole_file(folder / f"{name}.scp") as file:
-        file.writelines(f"{id} {place}\n".encode() for id, place in places.items())
+    with new_file(folder / f"{name}.scp") as temporary:
+        temporary.write_bytes("".join(f"{id} {place}\n" for id, place in places.items()).encode())
 
 
 def read_shard(folder: Path, name: str) -> dict[str, str] | None:

@@ -26,11 +26,11 @@ import kaldi_native_fbank
 import numpy as np
 from jaxtyping import Float32
 
+from quadric.files import writing_to
 from quadric.progress import Progress, silent
 from quadric.speech.audio import UnreadableAudio, check_audio, read_audio
 from quadric.speech.corpus import Audio, Corpus
 from quadric.speech.feature_store import FeatureStore, read_shard, write_shard
-from quadric.speech.files import remove_leftovers, writing_to
 from quadric.speech.normalisation import Normalisation, add_deltas, deltas, normalise
 from quadric.speech.tables import few
 
@@ -226,7 +226,6 @@ def _extract_shards(
 ) -> None:
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder)
     ids = [id for members in todo.values() for id in members]
     bad = _bad_headers(audios, ids)
     if bad and on_bad_audio == "error":
@@ -245,8 +244,7 @@ def _extract_shards(
                     features[result.id] = result.features
                 sources.append(replace(result, features=None))
             if features and (on_bad_audio == "drop" or len(features) == len(members)):
-                with writing_to(folder):
-                    write_shard(folder, name, features)
+                write_shard(folder, name, features)
         next(results, None)  # lets the progress see its end
     _warn(corpus, sources, fbank.rate)
     for id, reason in bad.items():

@@ -23,6 +23,7 @@ weights. To these the decoding graph adds the cost of the words in the language 
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import tempfile
@@ -139,7 +140,7 @@ def write_graph(fst: kaldifst.StdVectorFst, path: Path) -> None:
     """Writes a graph in OpenFst's binary form; the file appears whole or not at all."""
     with new_file(Path(path)) as temporary:
         if not fst.write(str(temporary)):
-            raise OSError(f"the graph could not be written to {path}")
+            raise OSError(errno.EIO, "the graph could not be written", str(temporary))
 
 
 def read_graph(path: Path) -> kaldifst.StdVectorFst:

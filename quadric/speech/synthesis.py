@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
-import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -26,9 +25,9 @@ import soundfile
 import soxr
 from jaxtyping import Float, Int16
 
+from quadric.files import new_folder
 from quadric.progress import Progress, silent
 from quadric.speech.espeak import UNSTABLE, WORD, Engine, voice_variants
-from quadric.speech.files import whole_folder, writing_to
 
 DIGIT_LEXICON: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("EIGHT", ("EY", "T")),
@@ -158,15 +157,11 @@ def synthesise(corpus: DigitCorpus, cache: Path, *, jobs: int = 2, progress: Pro
         raise ValueError(
             f"voices has {unknown}, which the synthesiser does not know; it has {sorted(voice_variants())}"
         )
-    try:
-        with writing_to(folder), whole_folder(folder) as work:
-            lines = (f"{word} {' '.join(phones)}\n" for word, phones in DIGIT_LEXICON)
-            _write(work / "lexicon.txt", "".join(lines))
-            for index in range(len(SPLITS)):
-                _make_split(corpus, index, work, jobs, progress)
-    except OSError:
-        if not folder.is_dir():  # otherwise someone else made the same corpus meanwhile
-            raise
+    with new_folder(folder) as work:
+        lines = (f"{word} {' '.join(phones)}\n" for word, phones in DIGIT_LEXICON)
+        (work / "lexicon.txt").write_text("".join(lines), encoding="utf-8")
+        for index in range(len(SPLITS)):
+            _make_split(corpus, index, work, jobs, progress)
     return folder
 
 
@@ -185,15 +180,13 @@ def _make_split(corpus: DigitCorpus, index: int, work: Path, jobs: int, progress
         utterance = f"{speaker}-{i:05d}"
         with open(work / split / "wav" / f"{utterance}.wav", "wb") as file:
             soundfile.write(file, samples, corpus.sample_rate, format="WAV", subtype="PCM_16")
-            file.flush()
-            os.fsync(file.fileno())
         tables["wav.scp"].append(f"{utterance} wav/{utterance}.wav\n")
         tables["text"].append(f"{utterance} {' '.join(line.words)}\n")
         tables["utt2spk"].append(f"{utterance} {speaker}\n")
         for name, events in (("words.ctm", spoken[i].words), ("phones.ctm", spoken[i].phones)):
             tables[name].append("".join(_ctm_line(utterance, event, delay) for event in events))
     for name, rows in tables.items():
-        _write(work / split / name, "".join(sorted(rows)))
+        (work / split / name).write_text("".join(sorted(rows)), encoding="utf-8")
 
 
 def _rng(corpus: DigitCorpus, *keys: int) -> np.random.Generator:
@@ -213,13 +206,6 @@ def _draw_line(corpus: DigitCorpus, rng: np.random.Generator) -> _Line:
 
 def _ctm_line(utterance: str, event: Event, delay: float) -> str:
     return f"{utterance} 1 {event.start + delay:.4f} {event.end - event.start:.4f} {event.label}\n"
-
-
-def _write(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 # ------------------------------------------------------------------------------------------------ noise

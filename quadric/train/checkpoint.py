@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ from quadric.files import new_file
 def save(state: dict[str, Any], path: Path) -> None:
     """Writes ``state`` (tensors, numbers, strings, lists, dicts) to ``path``; an older file stays until then."""
     with new_file(path) as temporary:
-        torch.save(state, temporary)
+        # Not straight to the file: torch turns a full disk into an error of its own.
+        archive = io.BytesIO()
+        torch.save(state, archive)
+        temporary.write_bytes(archive.getbuffer())
 
 
 def load(path: Path, *, device: str | torch.device = "cpu") -> dict[str, Any]:

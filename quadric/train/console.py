@@ -11,6 +11,8 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from quadric.files import writing_to
+
 T = TypeVar("T")
 
 
@@ -46,12 +48,9 @@ def logged(file: Path) -> Iterator[None]:
         OSError: ``file`` cannot be written; the message names the remedy.
     """
     root = logging.getLogger("quadric")
-    try:
+    with writing_to(file.parent):
         file.parent.mkdir(parents=True, exist_ok=True)
         written = logging.FileHandler(file, encoding="utf-8")
-    except OSError as error:
-        problem = f"cannot write to {file.parent}: {error.strerror}: choose another folder or change its permissions"
-        raise OSError(error.errno, problem) from error
     written.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     shown = _BesideBars(logging.INFO)
     shown.setFormatter(logging.Formatter("%(message)s"))

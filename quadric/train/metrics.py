@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from quadric.files import new_file
+from quadric.files import new_file, writing_to
 
 Value = int | float | str | bool | None
 Record = dict[str, Value]
@@ -61,7 +61,7 @@ class MetricsLog:
                 f"update={update}: the log {self.path} already ends at update {self._last}; "
                 f"to go back, call truncate_after({update}) first"
             )
-        with self.path.open("ab") as file:
+        with writing_to(self.path.parent), self.path.open("ab") as file:
             file.write(_encode(plain))
             file.flush()
             os.fsync(file.fileno())
@@ -93,7 +93,8 @@ class MetricsLog:
 
     def _repair(self) -> int:
         """Removes a line cut short; returns the last update."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with writing_to(self.path.parent):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = self._lines()
         if self.path.exists():
             with self.path.open("r+b") as file:
