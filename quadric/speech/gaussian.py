@@ -19,9 +19,9 @@ from jaxtyping import Float, Float32, Float64, Int32
 
 from quadric.progress import Progress, silent
 from quadric.speech.alignment import Aligner, Alignments, ForcedAlignment, min_frames
+from quadric.speech.cepstra import cepstra
 from quadric.speech.ctm import spread
 from quadric.speech.lexicon import Lexicon
-from quadric.speech.normalisation import deltas
 from quadric.speech.topology import Segment, Tying
 
 logger = logging.getLogger(__name__)
@@ -37,13 +37,15 @@ class GaussianBootstrap:
 
     Attributes:
         components: components a pdf has in each round; may double from one round to the next.
-        cepstra: cepstral coefficients, the zeroth included; first and second differences are added.
+        cepstra: cepstral coefficients, the zeroth included; first and second differences are added. None: the features
+            are decorrelated already, as cepstra with their differences are; they are taken as they are, the first
+            dimension for the energy.
         least_frames: a pdf with fewer frames for each component keeps the broad distribution of all frames.
         variance_floor: smallest variance, as a share of the variance of all frames.
     """
 
     components: tuple[int, ...] = (1,) * 12
-    cepstra: int = 13
+    cepstra: int | None = 13
     least_frames: int = 5
     variance_floor: float = 0.05
 
@@ -51,7 +53,8 @@ class GaussianBootstrap:
         pairs = zip((1, *self.components), self.components, strict=False)
         if not self.components or any(after not in (before, 2 * before) for before, after in pairs):
             raise ValueError(f"components={self.components} must begin with 1 or 2 and stay or double in each round")
-        if self.cepstra < 1 or self.least_frames < 1 or self.variance_floor <= 0.0:
+        too_few = self.cepstra is not None and self.cepstra < 1
+        if too_few or self.least_frames < 1 or self.variance_floor <= 0.0:
             raise ValueError(
                 f"cepstra={self.cepstra}, least_frames={self.least_frames} and variance_floor={self.variance_floor} "
                 "must be positive"
@@ -69,7 +72,7 @@ def bootstrap(
     jobs: int = 1,
     progress: Progress = silent,
 ) -> Alignments:
-    """Alignments of log filter-bank features with their words, starting from nothing.
+    """Alignments of features with their words, starting from nothing: log filter banks, unless ``options`` say cepstra.
 
     Utterances without features are left out. Raises ``ValueError`` as :class:`Aligner` does, and when no utterance
     is long enough for its words.
@@ -78,12 +81,15 @@ def bootstrap(
     known = {id: words for id, words in transcripts.items() if id in features}
     with Aligner(known, lexicon, tying, options=alignment, jobs=jobs) as aligner:
         targets = {
-            id: row for id in known if (row := uniform_start(features[id], known[id], lexicon, tying)) is not None
+            id: row
+            for id in known
+            if (row := uniform_start(features[id], known[id], lexicon, tying, cepstra=options.cepstra is None))
+            is not None
         }
         if not targets:
             raise ValueError("transcripts and features have no utterance in common that is long enough for its words")
-        observed = _cepstra(features, known, options)
-        mixtures = _Mixtures.broad(tying.num_pdfs, 3 * options.cepstra)
+        observed = _observed(features, known, options)
+        mixtures = _Mixtures.broad(tying.num_pdfs, next(iter(observed.values())).shape[1])
         result, too_short = Alignments({}), None
         for number, components in enumerate(options.components, start=1):
             mixtures = mixtures.refit(observed, targets, components, options)
@@ -97,16 +103,22 @@ def bootstrap(
 
 
 def uniform_start(
-    features: Float32[np.ndarray, "T D"], words: Sequence[str], lexicon: Lexicon, tying: Tying
+    features: Float32[np.ndarray, "T D"],
+    words: Sequence[str],
+    lexicon: Lexicon,
+    tying: Tying,
+    *,
+    cepstra: bool = False,
 ) -> Int32[np.ndarray, " T"] | None:
     """The words' shortest pronunciations spread evenly over the frames between leading and trailing silence.
 
-    ``None`` if the utterance is too short for its words.
+    Silence has little energy: the mean of the log filter banks, or the first of the cepstra. ``None`` if the utterance
+    is too short for its words.
     """
     frames, needed = len(features), max(min_frames(words, lexicon), 1)
     if frames < needed:
         return None
-    start, end = _speech(features.mean(1))
+    start, end = _speech(features[:, 0] if cepstra else features.mean(1))
     if end - start < needed:
         start, end = 0, frames
     index = {phone: number for number, phone in enumerate(tying.phones)}
@@ -128,26 +140,24 @@ def _speech(energy: Float[np.ndarray, " T"]) -> tuple[int, int]:
     return max(0, int(loud[0]) - _MARGIN), min(len(energy), int(loud[-1]) + 1 + _MARGIN)
 
 
-def _cepstra(
+def _observed(
     features: Mapping[str, np.ndarray], ids: Mapping[str, object], options: GaussianBootstrap
 ) -> dict[str, Float32[np.ndarray, "T D"]]:
-    """Cosine transform of the filter banks with differences, each dimension of mean 0 and variance 1.
+    """Cepstra with differences, each dimension of mean 0 and variance 1.
 
     The normalisation is over each utterance: levels and noise differ between the utterances of a speaker, and while
     the mixtures are broad such differences would pass for those between phones and silence.
     """
     bins = features[next(iter(ids))].shape[1]
-    if options.cepstra > bins:
+    if options.cepstra is not None and options.cepstra > bins:
         raise ValueError(f"cepstra={options.cepstra} exceeds the {bins} filter banks of the features")
-    angles = math.pi / bins * np.outer(np.arange(bins) + 0.5, np.arange(options.cepstra))
-    cosines = np.cos(angles) * math.sqrt(2.0 / bins)
-    return {id: _standardised(deltas((features[id] @ cosines).astype(np.float32))) for id in ids}
+    return {id: _standardised(cepstra(features[id], options.cepstra, order=2, window=2)) for id in ids}
 
 
-def _standardised(x: Float32[np.ndarray, "T D"]) -> Float32[np.ndarray, "T D"]:
-    if not len(x):
-        return x
-    return (x - x.mean(0)) / np.maximum(x.std(0), 1e-3)
+def _standardised(x: Float64[np.ndarray, "T D"]) -> Float32[np.ndarray, "T D"]:
+    if len(x):
+        x = (x - x.mean(0)) / np.maximum(x.std(0), 1e-3)
+    return x.astype(np.float32)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Float32, Float64
+from jaxtyping import Float, Float32, Float64
 
 from quadric.progress import Progress, silent
 from quadric.speech.corpus import Corpus
@@ -137,7 +137,7 @@ def _normalised(
     return ((x - mean) * scale).astype(np.float32)
 
 
-def deltas(x: Float32[np.ndarray, "T D"], order: int = 2, window: int = 2) -> Float32[np.ndarray, "T D_all"]:
+def deltas(x: Float[np.ndarray, "T D"], order: int = 2, window: int = 2) -> Float[np.ndarray, "T D_all"]:
     """``x`` followed by its differences in time up to ``order``, as Kaldi's ``add-deltas``; D_all = D (order + 1).
 
     The first difference is the slope of the regression line through 2 ``window`` + 1 frames; the kernel of the next
@@ -149,7 +149,7 @@ def deltas(x: Float32[np.ndarray, "T D"], order: int = 2, window: int = 2) -> Fl
     if order < 0 or window < 1:
         raise ValueError(f"order={order} must not be negative, and window={window} at least 1")
     if len(x) == 0:
-        return np.zeros((0, x.shape[1] * (order + 1)), np.float32)
+        return np.zeros((0, x.shape[1] * (order + 1)), np.result_type(x, np.float32))
     slope = np.arange(-window, window + 1) / sum(n * n for n in range(-window, window + 1))
     kernel, parts = np.ones(1), [x]
     for _ in range(order):
@@ -157,7 +157,7 @@ def deltas(x: Float32[np.ndarray, "T D"], order: int = 2, window: int = 2) -> Fl
         reach = len(kernel) // 2
         padded = np.pad(x.astype(np.float64), ((reach, reach), (0, 0)), mode="edge")
         windows = np.lib.stride_tricks.sliding_window_view(padded, len(kernel), axis=0)
-        parts.append((windows @ kernel).astype(np.float32))
+        parts.append((windows @ kernel).astype(np.result_type(x, np.float32)))
     return np.concatenate(parts, axis=1)
 
 

@@ -22,11 +22,11 @@ import numpy as np
 from jaxtyping import Bool, Float, Int32, Int64, Integer
 
 from quadric.progress import Progress, silent
+from quadric.speech.cepstra import cepstra as decorrelated
 from quadric.speech.topology import STATES, Tying, phone_segments
 
 logger = logging.getLogger(__name__)
 
-COEFFICIENTS = 13
 _PENDING_ROWS = 1 << 16
 _TIE = 1e-9  # nats per frame: gains closer than this differ by rounding alone
 _CONSTANT = 1e-10  # a feature whose variance is below this part of its mean square does not vary
@@ -39,11 +39,13 @@ class TreeOptions:
     leaves: the most pdfs, those of silence included.
     min_frames: the fewest frames on either side of a split.
     variance_floor: the least variance of a leaf, as a part of the variance of all frames, per dimension.
+    cepstra: of the statistics it grows from, see :meth:`ContextStatistics.accumulate`.
     """
 
     leaves: int = 600
     min_frames: int = 200
     variance_floor: float = 0.01
+    cepstra: int | None = 13
 
     def __post_init__(self) -> None:
         if self.leaves < 1:
@@ -55,6 +57,8 @@ class TreeOptions:
                 f"variance_floor={self.variance_floor} must be above 0 and below 1: it is a part of the variance "
                 "of all frames, often 0.01"
             )
+        if self.cepstra is not None and self.cepstra < 1:
+            raise ValueError(f"cepstra={self.cepstra} must be at least 1, or None for features that are cepstra")
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +67,7 @@ class ContextStatistics:
 
     ``contexts`` holds a row (centre, left, right, state) for each, in ascending order, the phones as indices
     into ``phones``; ``counts``, ``sums`` and ``squares`` are the number of its frames, their sum and the sum of
-    their squares, over the dimensions of :func:`cepstra`.
+    their squares, over the dimensions of :func:`quadric.speech.cepstra.cepstra`.
     """
 
     phones: tuple[str, ...]
@@ -83,14 +87,17 @@ class ContextStatistics:
         features: Mapping[str, Float[np.ndarray, "T D"]],
         tying: Tying,
         *,
+        cepstra: int | None = 13,
         progress: Progress = silent,
     ) -> ContextStatistics:
         """Reads every aligned utterance once, in the order of the ids.
 
         ``alignments`` maps an utterance to its pdfs under ``tying`` (monophones or triphones), ``features`` to
-        its log-mel energies, normalised for preference; utterances with features alone are left out. Raises
-        ``ValueError`` where there is nothing to read, or where an utterance has no features, features that are
-        not finite, or another number of frames or dimensions than expected.
+        its log-mel energies, normalised for preference; utterances with features alone are left out. ``cepstra``
+        coefficients and their slopes are counted; None: the features are decorrelated already, as cepstra with
+        their differences are, and are taken as they are. Raises ``ValueError`` where there is nothing to read, or
+        where an utterance has no features, features that are not finite, or another number of frames or
+        dimensions than expected.
         """
         missing = [id for id in alignments if id not in features]
         if missing:
@@ -104,7 +111,7 @@ class ContextStatistics:
             if not len(pdfs):
                 continue
             dim = energies.shape[1]
-            key, value = _runs(_contexts(pdfs, tying), cepstra(energies), len(tying.phones))
+            key, value = _runs(_contexts(pdfs, tying), decorrelated(energies, cepstra), len(tying.phones))
             keys.append(key)
             values.append(value)
             pending += len(key)
@@ -118,21 +125,6 @@ class ContextStatistics:
         contexts = np.stack(np.unravel_index(key, (size, size, size, STATES)), axis=1).astype(np.int32)
         width = (value.shape[1] - 1) // 2
         return cls(tying.phones, contexts, value[:, 0], value[:, 1 : 1 + width], value[:, 1 + width :])
-
-
-def cepstra(features: Float[np.ndarray, "T B"]) -> Float[np.ndarray, "T D"]:
-    """Log-mel energies made fit for diagonal Gaussians: cepstral coefficients and their slopes, float64.
-
-    An orthonormal discrete cosine transform (type II) decorrelates the bins; its first 13 coefficients stay.
-    The slope is half the difference of the next and the previous frame; outside, the edge frames repeat.
-    """
-    bins = features.shape[1]
-    order = np.arange(min(COEFFICIENTS, bins))
-    transform = np.sqrt(2.0 / bins) * np.cos(np.pi / bins * (np.arange(bins)[:, None] + 0.5) * order)
-    transform[:, 0] = np.sqrt(1.0 / bins)
-    static = features.astype(np.float64) @ transform
-    padded = np.concatenate([static[:1], static, static[-1:]])
-    return np.concatenate([static, (padded[2:] - padded[:-2]) / 2.0], axis=1)
 
 
 def questions(statistics: ContextStatistics, options: TreeOptions) -> Bool[np.ndarray, "Q P"]:

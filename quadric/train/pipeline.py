@@ -107,7 +107,9 @@ def _units(job: Job, prepared: Prepared, aligned: Aligned, stages: Stages, progr
 
         def make_tree(folder: Path) -> None:
             assert job.tree is not None
-            statistics = ContextStatistics.accumulate(train, prepared.features["train"], tying, progress=progress)
+            statistics = ContextStatistics.accumulate(
+                train, prepared.features["train"], tying, cepstra=job.tree.cepstra, progress=progress
+            )
             grow(statistics, job.tree).save(folder / "tying.npz")
 
         tied = Tying.load(stages.make("tree", key, job.tree, by=make_tree) / "tying.npz")

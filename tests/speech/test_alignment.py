@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import kaldiio
@@ -14,10 +15,10 @@ from quadric.speech.alignment import (
     align,
     fit_lengths,
     load_alignments,
-    log_priors,
     min_frames,
     save_alignments,
 )
+from quadric.speech.cepstra import cepstra
 from quadric.speech.corpus import read_data_dir
 from quadric.speech.ctm import (
     Token,
@@ -142,7 +143,7 @@ def test_misuse_is_explained() -> None:
         ForcedAlignment(beams=())
 
 
-# ------------------------------------------------------------------------------------------- files and priors
+# ------------------------------------------------------------------------------------------- files
 
 
 def test_archives_round_trip_and_kaldis_are_read(tmp_path: Path) -> None:
@@ -174,13 +175,6 @@ def test_lengths_are_fitted_within_the_tolerance() -> None:
         fit_lengths(pdfs, {"a": 3}, num_pdfs=9)
     with pytest.raises(ValueError, match="outside 0 to 3 in 1 \\(b\\)"):
         fit_lengths(pdfs, {"a": 3, "b": 2}, num_pdfs=4)
-
-
-def test_priors_are_relative_frequencies_with_a_floor() -> None:
-    priors = np.exp(log_priors([np.array([0, 0, 1]), np.array([0])], 3, floor=0.01))
-    np.testing.assert_allclose(priors, np.array([0.75, 0.25, 0.01]) / 1.01)
-    with pytest.raises(ValueError, match="no frame"):
-        log_priors([], 3)
 
 
 # ------------------------------------------------------------------------------------------- words, phones, times
@@ -340,8 +334,16 @@ def test_bootstrap_drops_short_utterances_once_and_learns_from_the_rest() -> Non
     uniform = {id: uniform_start(features[id], words[id], lexicon, tying) for id in truth}
     assert agreement(result.pdfs) > 0.9 > agreement(uniform) + 0.1  # type: ignore[arg-type]
 
+    ready = {id: cepstra(rows, 13, order=2, window=2).astype(np.float32) for id, rows in features.items()}
+    options = replace(options, cepstra=None)
+    again = bootstrap(ready, words, lexicon, tying, options=options, alignment=drop)
+    assert again.too_short == result.too_short
+    assert all(np.array_equal(again.pdfs[id], row) for id, row in result.pdfs.items())
+
 
 def test_bootstrap_options_are_checked() -> None:
     for components in ((), (4,), (1, 4), (2, 1)):
         with pytest.raises(ValueError, match="components"):
             GaussianBootstrap(components=components)
+    with pytest.raises(ValueError, match="cepstra=0"):
+        GaussianBootstrap(cepstra=0)

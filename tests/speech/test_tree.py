@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quadric.speech.cepstra import cepstra
 from quadric.speech.topology import STATES, Tying, monophone, phone_segments
 from quadric.speech.tree import (
     ContextStatistics,
     TreeOptions,
-    cepstra,
     grow,
     initial_output_rows,
     questions,
@@ -107,6 +107,19 @@ def test_cepstra_are_the_cosine_sums_and_their_slopes() -> None:
     assert cepstra(features).shape == (5, 26)
     one = cepstra(features[:1])
     np.testing.assert_array_equal(one[:, 13:], 0.0)
+    assert cepstra(features, 4, order=2).shape == (5, 12)
+    with pytest.raises(ValueError, match="coefficients=0"):
+        cepstra(features, 0)
+
+
+def test_features_that_are_cepstra_are_taken_as_they_are() -> None:
+    alignments, features, mono = random_corpus(3, bins=5)
+    ready = {id: cepstra(rows, 4) for id, rows in features.items()}
+    from_ready = ContextStatistics.accumulate(alignments, ready, mono, cepstra=None)
+    from_bands = ContextStatistics.accumulate(alignments, features, mono, cepstra=4)
+    assert from_ready.sums.shape[1] == 8
+    np.testing.assert_array_equal(from_ready.sums, from_bands.sums)
+    np.testing.assert_array_equal(from_ready.squares, from_bands.squares)
 
 
 @settings(max_examples=40)
@@ -269,7 +282,14 @@ def test_a_grown_tying_survives_the_disk(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("leaves", 0), ("min_frames", 0), ("variance_floor", 0.0), ("variance_floor", 1.0), ("variance_floor", np.nan)],
+    [
+        ("leaves", 0),
+        ("min_frames", 0),
+        ("variance_floor", 0.0),
+        ("variance_floor", 1.0),
+        ("variance_floor", np.nan),
+        ("cepstra", 0),
+    ],
 )
 def test_refuses_impossible_options(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{field}={value}"):
