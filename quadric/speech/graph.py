@@ -26,25 +26,21 @@ from __future__ import annotations
 import errno
 import logging
 import math
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import kaldifst
-import kaldilm
 import numpy as np
 
 from quadric.files import new_file
 from quadric.lattice.automaton import Automaton
-from quadric.speech.language_model import NGram
+from quadric.speech.language_model import BEGIN, END, NGram
 from quadric.speech.lexicon import Lexicon
 from quadric.speech.topology import Tying
 
 logger = logging.getLogger(__name__)
-
-BACK_OFF = "#0"
 
 
 def decoding_graph(
@@ -68,9 +64,8 @@ def decoding_graph(
     """
     _check(lexicon, tying, silence_probability, self_loop)
     symbols = _Symbols(lexicon, tying)
-    graph = kaldifst.compose(
-        _lexicon_transducer(symbols, silence_probability, disambiguate=True), _grammar(lexicon, arpa)
-    )
+    grammar = _grammar(_words_in_common(lexicon, arpa), symbols)
+    graph = kaldifst.compose(_lexicon_transducer(symbols, silence_probability, disambiguate=True), grammar)
     kaldifst.determinize_star(graph, use_log=True)
     kaldifst.minimize_encoded(graph, delta=1e-6)  # the default would round costs to 1e-3
     kaldifst.arcsort(graph, sort_type="ilabel")
@@ -238,8 +233,8 @@ def _lexicon_transducer(symbols: _Symbols, silence_probability: float, *, disamb
     return fst
 
 
-def _grammar(lexicon: Lexicon, arpa: Path) -> kaldifst.StdVectorFst:
-    """G: the language model as an acceptor of words, with #0 on the arcs that back off; sorted by word."""
+def _words_in_common(lexicon: Lexicon, arpa: Path) -> NGram:
+    """The language model without the words that the lexicon lacks."""
     model = NGram.read_arpa(arpa)
     outside = [word for word in model.vocabulary if word not in lexicon]
     if len(outside) == len(model.vocabulary):
@@ -251,22 +246,36 @@ def _grammar(lexicon: Lexicon, arpa: Path) -> kaldifst.StdVectorFst:
         )
     if missing := set(lexicon.words).difference(model.vocabulary):
         logger.warning("%s lacks %d of the lexicon's words: they cannot be recognised", arpa, len(missing))
-    names = ["<eps>", *lexicon.words, BACK_OFF, "<s>", "</s>"]
-    with tempfile.TemporaryDirectory() as folder:
-        table, own, binary = Path(folder, "words.txt"), Path(folder, "lm.arpa"), Path(folder, "G.fst")
-        table.write_text("".join(f"{name} {label}\n" for label, name in enumerate(names)), encoding="utf-8")
-        # A file that kaldilm cannot read aborts the process, so it reads one that was read and written here.
-        model.within(lexicon).write_arpa(own)
-        kaldilm.arpa2fst(
-            input_arpa=str(own),
-            output_fst=str(binary),
-            disambig_symbol=BACK_OFF,
-            read_symbol_table=str(table),
-            max_arpa_warnings=0,
-        )
-        grammar = read_graph(binary)
-    kaldifst.arcsort(grammar, sort_type="ilabel")
-    return grammar
+    return model.within(lexicon)
+
+
+def _grammar(model: NGram, symbols: _Symbols) -> kaldifst.StdVectorFst:
+    """G: the language model as an acceptor of words, with #0 on the arcs that back off; sorted by word.
+
+    A state is a history that some n-gram continues; where an n-gram ends in none, its arc backs off at once.
+    """
+    fst = kaldifst.StdVectorFst()
+    histories = sorted({(), (BEGIN,), *(ngram[:-1] for ngram in model.entries)})
+    states = {history: fst.add_state() for history in histories}
+    fst.start = states[(BEGIN,)]
+
+    def add_arc(source: int, label: int, output: int, log_prob: float, history: tuple[str, ...]) -> None:
+        while history not in states:
+            log_prob, history = log_prob + model.back_off(history), history[1:]
+        fst.add_arc(source, kaldifst.StdArc(label, output, -log_prob, states[history]))
+
+    for history, state in states.items():
+        if history:
+            add_arc(state, symbols.back_off_word, 0, model.back_off(history), history[1:])
+    for ngram, entry in model.entries.items():
+        state, word = states[ngram[:-1]], ngram[-1]
+        if word == END:
+            fst.set_final(state, -entry.log_prob)
+        elif word != BEGIN:
+            add_arc(state, symbols.words[word], symbols.words[word], entry.log_prob, ngram)
+    kaldifst.connect(fst)
+    kaldifst.arcsort(fst, sort_type="ilabel")
+    return fst
 
 
 def _in_states(

@@ -116,10 +116,13 @@ class NGram:
         context = tuple(history)[-(self.order - 1) :] if self.order > 1 else ()
         back_off = 0.0
         while (ngram := (*context, word)) not in self.entries:
-            if context in self.entries:
-                back_off += self.entries[context].back_off
+            back_off += self.back_off(context)
             context = context[1:]
         return back_off + self.entries[ngram].log_prob
+
+    def back_off(self, history: Words) -> float:
+        """The natural log of the weight of backing off from ``history`` to its words but the first."""
+        return self.entries[history].back_off if history in self.entries else 0.0
 
     def within(self, words: Container[str]) -> NGram:
         """The model without the n-grams that hold other words; what it gave to them is not given to others."""

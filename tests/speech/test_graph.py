@@ -25,7 +25,7 @@ from quadric.speech.graph import (
     with_word_penalty,
     write_graph,
 )
-from quadric.speech.language_model import NGram
+from quadric.speech.language_model import Entry, NGram
 from quadric.speech.lexicon import Lexicon, read_lexicon
 from quadric.speech.topology import Tying, monophone
 from reference.spoken import Ways, expected, transduce, ways_to_say
@@ -76,6 +76,42 @@ def test_a_decoding_graph_accepts_exactly_what_the_lexicon_says(tmp_path: Path, 
         assert found == pytest.approx(right, abs=1e-4)
         rejected += not right
     assert rejected > 20
+
+
+def cheapest(model: NGram, history: tuple[str, ...], words: tuple[str, ...]) -> float:
+    """The cost of ``words`` after ``history`` where any history may be backed off from."""
+    if not words:
+        return 0.0
+    ways = [math.inf]
+    if (*history, words[0]) in model.entries:
+        ways.append(cheapest(model, (*history, words[0]), words[1:]) - model.entries[(*history, words[0])].log_prob)
+    if history:
+        ways.append(cheapest(model, history[1:], words) - model.back_off(history))
+    return min(ways)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_pruned_model_keeps_its_costs(tmp_path: Path, seed: int) -> None:
+    """n-grams left out at random, also those that longer ones end in, and a word that the lexicon lacks."""
+    rng = np.random.default_rng(seed)
+    text = [tuple(rng.choice((*LEXICON.words, "X"), size=4).tolist()) for _ in range(30)]
+    whole = NGram.estimate(text, (*LEXICON.words, "X"), 3)
+    kept = {
+        ngram: Entry(entry.log_prob, float(rng.normal()) if len(ngram) < 3 else 0.0)
+        for ngram, entry in sorted(whole.entries.items())
+        if len(ngram) == 1 or rng.random() < 0.6
+    }
+    model = NGram({ngram: entry for ngram, entry in kept.items() if len(ngram) < 3 or ngram[:2] in kept})
+    assert any(len(ngram) == 3 and ngram[1:] not in kept for ngram in model.entries)
+    model.write_arpa(tmp_path / "lm.arpa")
+    tying = TYINGS["mono"]
+    graph = decoding_graph(LEXICON, tmp_path / "lm.arpa", tying, silence_probability=SILENCE, self_loop=LOOP)
+    for words in product(LEXICON.words, repeat=3):
+        cost = cheapest(model, ("<s>",), (*words, "</s>"))
+        ways = ways_to_say([words], LEXICON, tying, lambda words, cost=cost: cost, SILENCE)
+        pdfs = min(ways, key=len)
+        found = transduce(graph, pdfs, LEXICON.words)
+        assert found[words] == pytest.approx(expected(pdfs, ways, LOOP)[words], abs=1e-4)
 
 
 def test_costs_by_hand(tmp_path: Path) -> None:
