@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     chosen, rest = parser.parse_known_args(arguments)
     # argparse takes the overrides only where they stand in one row.
-    if chosen.command is not _train or any(word.startswith("-") or "=" not in word for word in rest):
+    if chosen.command is not _train or any(word.startswith("-") for word in rest):
         if rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
     else:

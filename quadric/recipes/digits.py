@@ -16,6 +16,8 @@ def digits(utterances: int = 600, seed: int = 0) -> Job:
         utterances: of the training set, about three seconds each; a sixth for development, a third for test.
         seed: of the corpus and of everything random.
     """
+    if utterances < 1:
+        raise ValueError(f"utterances={utterances}: the training set needs at least one")
     corpus = DigitCorpus(
         utterances=(utterances, max(1, utterances // 6), max(1, utterances // 3)), snr=(0.0, 15.0), seed=seed
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -38,6 +38,24 @@ class _BesideBars(logging.Handler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
+class _File(logging.FileHandler):
+    """A log file. Where it can no longer be written, that is said once, and the work goes on."""
+
+    _failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._failed:
+            self._failed = True
+            tqdm.write(f"cannot write to the log {self.baseFilename}: {error.strerror}", file=sys.stderr)
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
+
+
 @contextmanager
 def logged(file: Path) -> Iterator[None]:
     """While inside: everything to ``file``, what a person should know to the terminal.
@@ -50,7 +68,7 @@ def logged(file: Path) -> Iterator[None]:
     root = logging.getLogger("quadric")
     with writing_to(file.parent):
         file.parent.mkdir(parents=True, exist_ok=True)
-        written = logging.FileHandler(file, encoding="utf-8")
+        written = _File(file, encoding="utf-8")
     written.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     shown = _BesideBars(logging.INFO)
     shown.setFormatter(logging.Formatter("%(message)s"))
