@@ -1,0 +1,422 @@
+"""The command line, as a person meets it: help, and one sentence with a remedy for everything that can be wrong."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from quadric.cli import main
+from quadric.recipes import RECIPES, digits
+from quadric.speech.ctm import read_ctm
+from quadric.speech.scoring import read_text
+from quadric.train.overrides import options, override
+from reference.tiny_job import TINY
+
+pytestmark = pytest.mark.speech
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+TONES = {"LOW": (300.0, 500.0), "MID": (900.0,), "HIGH": (2000.0, 1500.0)}
+"""Words of a toy language and the tones that are their phones."""
+
+
+class Call:
+    """Runs a command in this process: exit status, output and errors, of which none may be a traceback."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self._capsys = capsys
+
+    def __call__(self, *arguments: object) -> tuple[int, str, str]:
+        try:
+            status = main([str(argument) for argument in arguments])
+        except SystemExit as exit:
+            assert isinstance(exit.code, int)
+            status = exit.code
+        printed, errors = self._capsys.readouterr()
+        assert "Traceback" not in errors
+        return status, printed, errors
+
+    def refused(self, *arguments: object) -> str:
+        """What the command says when it refuses, with the status of bad input."""
+        status, printed, errors = self(*arguments)
+        assert status == 1 and not printed
+        last = errors[errors.rindex("quadric: ") :]
+        assert "[Errno" not in last
+        return last.removeprefix("quadric: ").strip()
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Call:
+    return Call(capsys)
+
+
+AS_NOBODY = """
+import os, sys
+from quadric.cli import main
+
+if os.geteuid() == 0:
+    os.setegid(65534)
+    os.seteuid(65534)
+sys.exit(main())
+"""
+
+
+def process(*arguments: object, program: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, *program, *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+def spoken(words: list[str], rng: np.random.Generator, rate: int = 8000) -> np.ndarray:
+    """Every phone a tone of an eighth of a second, after and before a quarter of silence."""
+    tones = [tone for word in words for tone in TONES[word]]
+    clean = [np.sin(2 * np.pi * tone * np.arange(rate // 8) / rate) for tone in tones]
+    quiet = np.zeros(rate // 4)
+    samples = np.concatenate([quiet, *clean, quiet])
+    return 0.2 * samples + 0.01 * rng.normal(size=len(samples))
+
+
+def write_set(folder: Path, seed: int, count: int) -> None:
+    (folder / "wav").mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    tables: dict[str, str] = {"text": "", "wav.scp": "", "utt2spk": ""}
+    for i in range(count):
+        words = [str(word) for word in rng.choice(sorted(TONES), size=rng.integers(2, 5))]
+        soundfile.write(folder / "wav" / f"u{i:02d}.wav", spoken(words, rng), 8000, subtype="PCM_16")
+        tables["text"] += f"u{i:02d} {' '.join(words)}\n"
+        tables["wav.scp"] += f"u{i:02d} wav/u{i:02d}.wav\n"
+        tables["utt2spk"] += f"u{i:02d} speaker{i % 2}\n"
+    for name, text in tables.items():
+        (folder / name).write_text(text)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """Data directories of the toy language."""
+    for seed, (split, count) in enumerate({"train": 24, "dev": 4, "test": 4}.items()):
+        write_set(tmp_path / "tones" / split, seed, count)
+    lines = (f"{word} {' '.join(f'P{tone:.0f}' for tone in tones)}\n" for word, tones in TONES.items())
+    (tmp_path / "tones" / "lexicon.txt").write_text("".join(lines))
+    return tmp_path / "tones"
+
+
+def train(corpus: Path, *more: object) -> tuple[object, ...]:
+    """The arguments that train on ``corpus``, in few steps."""
+    few = ("hessian_free=none", "fbank.rate=8000", "adam.epochs=20")
+    data = (f"data={corpus}", f"lexicon={corpus / 'lexicon.txt'}")
+    return ("train", "directory", *data, "--work", corpus.parent / "exp", *TINY, *few, *more)
+
+
+def edit(path: Path, change: Callable[[str], str]) -> None:
+    before = path.read_text()
+    path.write_text(change(before))
+    assert path.read_text() != before
+
+
+# ------------------------------------------------------------------------------------------------ the call
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ([], "required: COMMAND"),
+        (["learn"], "invalid choice: 'learn'"),
+        (["train"], "required: RECIPE"),
+        (["train", "digit"], "invalid choice: 'digit' (choose from"),
+        (["train", "digits", "--wrok", "x"], "unrecognized arguments: --wrok x"),
+        (["decode", "system"], "required: data, --out"),
+        (["decode", "system", "data", "--out", "o", "--jobs", "two"], "invalid int value: 'two'"),
+        (["score", "ref"], "required: hypothesis"),
+        (["report"], "required: work"),
+    ],
+)
+def test_a_wrong_call(call: Call, arguments: list[str], problem: str) -> None:
+    status, printed, errors = call(*arguments)
+    assert status == 2 and not printed
+    assert problem in errors and errors.startswith("usage: quadric")
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["decode"], ["score"], ["report"]])
+def test_help(call: Call, command: list[str]) -> None:
+    status, printed, errors = call(*command, "--help")
+    assert status == 0 and not errors
+    assert max(map(len, printed.splitlines())) <= 140
+    if command == ["train"]:
+        for recipe in RECIPES:
+            assert re.search(rf"^  {recipe.__name__} .*=", printed, re.M)
+        assert "directory data=... lexicon=... [train=train]" in printed
+        assert "--options" in printed and "adam.lr=" in printed
+    elif not command:
+        assert all(name in printed for name in ("train", "decode", "score", "report"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (["adam.lrr=1"], "adam.lrr: FirstOrder has no option 'lrr'; did you mean lr?"),
+        (["utterance=4"], "recipe digits has no argument or option 'utterance'; did you mean utterances?"),
+        (["hesian_free=none"], "did you mean hessian_free?"),
+        (["zzz=1"], "--options lists what there is"),
+        (["fast"], "'fast' has no '=': write option=value"),
+        (["utterances"], "'utterances' has no '=': write option=value"),
+        (["utterances=many"], "utterances=many: "),
+        (["utterances=0"], "utterances=0"),
+        (["adam.lr=big"], "adam.lr=big: "),
+        (["unknown_words=skip"], "unknown_words=skip: Input should be 'error' or 'drop'"),
+        (["adam=fast"], "adam=fast: "),
+        (["adam.epochs=0"], "epochs=0.0: must be positive"),
+        (["jobs=0"], "jobs=0"),
+        (["seed=-1"], "seed=-1"),
+        (["adam=none", "hessian_free=none"], "leave at least one training in"),
+        (["fbank.high=9000"], "must lie between 0 and 8000 Hz"),
+    ],
+)
+def test_wrong_options_end_before_any_work(call: Call, tmp_path: Path, overrides: list[str], problem: str) -> None:
+    assert problem in call.refused("train", "digits", "--work", tmp_path / "exp", *overrides)
+    assert not (tmp_path / "exp").exists()
+
+
+def test_arguments_that_a_recipe_needs(call: Call) -> None:
+    assert call.refused("train", "directory", "lexicon=x") == "recipe directory needs data=..."
+    assert call.refused("train", "directory") == "recipe directory needs data=... lexicon=..."
+
+
+def test_the_listed_options_can_be_given(call: Call) -> None:
+    status, printed, _ = call("train", "digits", "adam.lr=0.5", "--options", "utterances=12", "hessian_free=none")
+    assert status == 0
+    listed = dict(line.split("=", 1) for line in printed.splitlines())
+    assert listed["adam.lr"] == "0.5" and listed["train.corpus.utterances"] == "[12, 2, 4]"
+    assert listed["hessian_free"] == "none"
+    job = override(digits(utterances=12), ["adam.lr=0.5", "hessian_free=none"])
+    given = [f"{key}={value}" for key, value in listed.items() if key != "adam.optimizer"]
+    assert dict(options(job)).keys() == listed.keys()
+    assert override(digits(), given) == job
+
+
+def test_options_into_a_pipe_that_closes() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = f"{sys.executable} -m quadric.cli train digits --options"
+    with subprocess.Popen(command.split(), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        assert running.stdout is not None and running.stderr is not None
+        running.stdout.close()
+        assert running.stderr.read() == b""
+    assert running.returncode == 141
+
+
+# ------------------------------------------------------------------------------------------------ data that is wrong
+
+
+def test_no_such_data(call: Call, corpus: Path) -> None:
+    assert "there is no data directory /none/train" in call.refused("train", "directory", "data=/none", "lexicon=x",
+                                                                    "--work", corpus.parent / "exp")  # fmt: skip
+    (corpus / "lexicon.txt").unlink()
+    assert "there is no such lexicon file" in call.refused(*train(corpus))
+    (corpus / "dev" / "text").unlink()
+    assert "dev holds no text" in call.refused(*train(corpus))
+
+
+def test_commands_are_run_only_where_allowed(call: Call, corpus: Path) -> None:
+    wav = corpus / "train" / "wav" / "u01.wav"
+    edit(corpus / "train" / "wav.scp", lambda text: text.replace("wav/u01.wav", f"cat {wav} |"))
+    message = call.refused(*train(corpus))
+    assert f"shell commands in {corpus / 'train' / 'wav.scp'}: 1 (line 2)" in message
+    option = re.search(r"\(that is (\S+)\)", message)
+    assert option and option[1] == "train.allow_commands=true"
+    status, _, errors = call(*train(corpus, option[1]))
+    assert status == 0, errors
+
+
+def test_missing_and_damaged_audio(call: Call, corpus: Path) -> None:
+    (corpus / "train" / "wav" / "u03.wav").unlink()
+    (corpus / "train" / "wav" / "u05.wav").write_bytes(b"no audio")
+    message = call.refused(*train(corpus))
+    assert "the audio of 2 utterances of train cannot be used" in message
+    assert f"u03 missing: there is no file {corpus / 'train' / 'wav' / 'u03.wav'}" in message
+    assert "u05 is not audio" in message
+    assert "pass on_bad_audio=drop" in message
+    status, printed, errors = call(*train(corpus, "on_bad_audio=drop"))
+    assert status == 0, errors
+    assert "left out for audio that cannot be used: 2 (u03, u05)" in errors
+    assert printed.count("%WER") == 2
+
+
+@pytest.mark.parametrize(
+    ("table", "change", "problem", "option"),
+    [
+        ("text", ("u02 ", "u02\nx "), "empty transcripts in", "train.on_empty=drop"),
+        ("text", ("u02 ", "u01 "), "repeated ids in .*: 1 (u01 on line 3): keep one line of each", None),
+        ("wav.scp", ("u02 ", "u01 "), "repeated ids in", None),
+        ("wav.scp", ("u02 ", "v02 "), "the tables of .* disagree: .*not in wav.scp: 1 (u02)", "train.on_mismatch=drop"),
+        ("utt2spk", ("u02 speaker0", "u02"), "malformed lines in .*: 1 (line 3: one field expected", None),
+    ],
+)
+def test_tables_that_are_wrong(
+    call: Call, corpus: Path, table: str, change: tuple[str, str], problem: str, option: str | None
+) -> None:
+    edit(corpus / "train" / table, lambda text: text.replace(*change, 1))
+    if "\nx " in change[1]:
+        edit(corpus / "train" / table, lambda text: re.sub(r"x .*\n", "", text))
+    message = call.refused(*train(corpus))
+    assert re.search(problem.replace("(", r"\(").replace(")", r"\)"), message), message
+    offered = re.search(r"\(that is (\S+)\)", message)
+    assert (offered[1] if offered else None) == option
+    assert message.startswith("train: ")
+
+
+def test_words_that_are_not_in_the_lexicon(call: Call, corpus: Path) -> None:
+    edit(corpus / "train" / "text", lambda text: text.replace("u04 ", "u04 NEVER ").replace("u06 ", "u06 EVER NEVER "))
+    message = call.refused(*train(corpus))
+    assert "train: 2 words of the text are not in the lexicon: NEVER (2), EVER (1)" in message
+    assert "unknown_words=drop" in message
+    edit(corpus / "test" / "text", lambda text: text.replace("u00 ", "u00 OTHER "))
+    status, printed, errors = call(*train(corpus, "unknown_words=drop"))
+    assert status == 0
+    assert "left out 2 of 24 utterances for 2 words that are not in the lexicon: {'NEVER': 2, 'EVER': 1}" in errors
+    assert "test: 1 words are not in the lexicon and cannot be recognised: {'OTHER': 1}" in errors
+    words = sum(len(line.split()) - 1 for line in (corpus / "test" / "text").read_text().splitlines())
+    assert re.search(rf"%WER \S+ \[ \d+ / {words}, .* adam test", printed)  # the test set stays whole
+
+
+def test_another_rate_and_too_short_for_its_words(call: Call, corpus: Path) -> None:
+    rng = np.random.default_rng(0)
+    path = corpus / "train" / "wav" / "u07.wav"
+    soundfile.write(path, spoken(["LOW", "MID"], rng, 16000), 16000, subtype="PCM_16")
+    edit(corpus / "train" / "text", lambda text: re.sub("u07 .*", "u07 LOW MID", text))
+    soundfile.write(corpus / "train" / "wav" / "u08.wav", spoken(["MID"], rng)[:1000], 8000, subtype="PCM_16")
+    edit(corpus / "train" / "text", lambda text: re.sub("u08 .*", "u08 LOW LOW LOW HIGH", text))
+    status, printed, errors = call(*train(corpus))
+    assert status == 0
+    assert "train: resampled 1 of 24 utterances to 8000 Hz: 1 from 16000 Hz" in errors
+    sentence = "left out utterances too short for their words: 1 (u08: 13 frames, at least 24)"
+    assert sentence in errors
+    assert sentence in (corpus.parent / "exp" / "tones" / "log").read_text()
+    assert len(re.findall(r"%WER \S+ \[ \d+ / \d+, .*\] adam (?:dev|test)", printed)) == 2
+    assert "report: " in printed
+
+
+# ------------------------------------------------------------------------------------------------ places to write to
+
+
+def test_a_folder_that_is_a_file(call: Call, corpus: Path) -> None:
+    (corpus.parent / "exp").write_text("")
+    message = call.refused(*train(corpus))
+    assert message.startswith(f"cannot write to {corpus.parent / 'exp' / 'tones'}: ")
+    assert "choose another folder" in message
+
+
+def test_no_permission_to_write(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "exp").mkdir(mode=0o500)
+    for path in (tmp_path, *tmp_path.parents[:2]):
+        path.chmod(0o755)
+    done = process(*train(corpus), program=("-c", AS_NOBODY))
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"quadric: cannot write to {tmp_path / 'exp' / 'tones'}: " in done.stderr
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of four megabytes."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    try:
+        command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)]
+        mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("there is no mount command")
+    if mounted.returncode != 0:
+        pytest.skip(f"mounting is not permitted here: {mounted.stderr.strip()}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.slow
+def test_a_full_disk(call: Call, corpus: Path, small_disk: Path) -> None:
+    arguments = [small_disk if argument == corpus.parent / "exp" else argument for argument in train(corpus)]
+    full = set()
+    for room in range(400_000, 4_000_000, 500_000):  # a person frees some space, and tries again
+        (small_disk / "ballast").write_bytes(bytes(2**22 - 8192 - room))
+        status, printed, errors = call(*arguments)
+        (small_disk / "ballast").unlink()
+        if status == 0:
+            break
+        found = re.search(rf"quadric: cannot write to {small_disk}/tones/(\S+): the disk is full: free some", errors)
+        assert status == 1 and found, errors
+        full.add(re.split("[-/]", found[1])[0])
+    assert full >= {"cache", "flat", "adam"}  # while caching features, aligning and training
+    assert printed.count("%WER") == 2
+
+
+# ------------------------------------------------------------------------------------------------ decode, score, report
+
+
+def test_decode_and_report(call: Call, corpus: Path, tmp_path: Path) -> None:
+    exp = corpus.parent / "exp" / "tones"
+    assert "no finished job there; run quadric train first" in call.refused("report", exp)
+    assert "no trained system there" in call.refused("decode", exp, corpus / "test", "--out", tmp_path / "none")
+    status, trained, errors = call(*train(corpus))
+    assert status == 0, errors
+    status, printed, _ = call("report", exp)
+    assert (status, printed) == (0, f"report: {exp / 'report.html'}\n")
+    system, out = exp / "adam" / "system", tmp_path / "decoded"
+    status, printed, _ = call("decode", system, corpus / "test", "--out", out, "--jobs", 1)
+    assert status == 0
+    assert f"{printed.splitlines()[0]} adam test" in trained
+    assert read_ctm(out / "hyp.ctm").keys() == {id for id, words in read_text(out / "text").items() if words}
+    assert "lm_weight=0.0 must be positive" in call.refused(
+        "decode", system, corpus / "test", "--out", out, "--lm-weight", 0
+    )
+    assert "jobs=0 " in call.refused("decode", system, corpus / "test", "--out", out, "--jobs", 0)
+    assert "there is no data directory" in call.refused("decode", system, tmp_path / "nowhere", "--out", out)
+    (tmp_path / "file").write_text("")
+    assert "choose another folder" in call.refused("decode", system, corpus / "test", "--out", tmp_path / "file" / "o")
+    edit(corpus / "test" / "wav.scp", lambda text: text.replace("wav/u01", f"cat {corpus}/test/wav/u01") + "")
+    edit(corpus / "test" / "wav.scp", lambda text: re.sub(r"(u01 cat .*)", r"\1 |", text))
+    assert "pass --allow-commands" in call.refused("decode", system, corpus / "test", "--out", out)
+    (corpus / "test" / "wav" / "u02.wav").unlink()
+    allowed = ("decode", system, corpus / "test", "--out", out, "--jobs", 1, "--allow-commands")
+    assert "pass --drop-bad-audio" in call.refused(*allowed)
+    (corpus / "test" / "text").unlink()
+    status, printed, _ = call(*allowed, "--drop-bad-audio")
+    assert (status, printed) == (0, f"recognised 3 utterances: {out / 'text'}\n")
+
+
+def test_score(call: Call, tmp_path: Path) -> None:
+    reference, hypothesis, speakers = (tmp_path / name for name in ("ref", "hyp", "utt2spk"))
+    reference.write_text("a ONE TWO\nb THREE\n")
+    hypothesis.write_text("a ONE\nb THREE\n")
+    speakers.write_text("a ann\nb bob\n")
+    status, printed, _ = call("score", reference, hypothesis, "--utt2spk", speakers)
+    assert status == 0
+    assert printed.splitlines() == [
+        "%WER 33.33 [ 1 / 3, 0 ins, 1 del, 0 sub ]",
+        "%SER 50.00 [ 1 / 2 ]",
+        "Scored 2 sentences, 0 not present in hyp.",
+        "ann %WER 50.00 [ 1 / 2, 0 ins, 1 del, 0 sub ]",
+        "bob %WER 0.00 [ 0 / 1, 0 ins, 0 del, 0 sub ]",
+    ]
+    hypothesis.write_text("a ONE\n")
+    message = call.refused("score", reference, hypothesis)
+    assert "none for b" in message and "--count-missing" in message
+    status, printed, _ = call("score", reference, hypothesis, "--count-missing")
+    assert status == 0 and printed.startswith("%WER 66.67 [ 2 / 3, 0 ins, 2 del, 0 sub ] [PARTIAL]")
+    for text, problem in (
+        ("a ONE\nb THREE\nc TWO\n", "no reference for c"),
+        ("a ONE\nb THREE\na TWO\n", f"{hypothesis}:3: utterance a is already on line 1"),
+        ("a ONE\n\nb THREE\n", f"{hypothesis}:2: the line is empty"),
+    ):
+        hypothesis.write_text(text)
+        assert problem in call.refused("score", reference, hypothesis)
+    assert "no such file" in call.refused("score", tmp_path / "none", hypothesis)
+    assert call.refused("score", tmp_path, hypothesis)
+    speakers.write_text("a ann\n")
+    hypothesis.write_text("a ONE\nb THREE\n")
+    assert "speakers: none given for b" in call.refused("score", reference, hypothesis, "--utt2spk", speakers)
