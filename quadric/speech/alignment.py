@@ -7,13 +7,8 @@ The work runs in processes that load no torch. Each keeps the graphs of its own 
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
-import signal
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -30,10 +25,9 @@ from quadric.speech.graph import AlignmentGraphs
 from quadric.speech.lexicon import Lexicon
 from quadric.speech.tables import few
 from quadric.speech.topology import STATES, Tying
+from quadric.speech.workers import in_order, worker_pool
 
 logger = logging.getLogger(__name__)
-
-_AHEAD = 8  # utterances a process has waiting
 
 
 @dataclass(frozen=True)
@@ -127,16 +121,13 @@ class Aligner:
         self._owner = {id: number % jobs for number, id in enumerate(transcripts)}
         self._here = _Searcher(dict(transcripts), lexicon, tying, self.options) if jobs == 1 else None
         self._processes = [
-            ProcessPoolExecutor(
+            worker_pool(
                 1,
-                multiprocessing.get_context("spawn"),
-                initializer=_start,
-                initargs=(
-                    {id: tuple(words) for id, words in transcripts.items() if self._owner[id] == job},
-                    lexicon,
-                    tying,
-                    self.options,
-                ),
+                _start,
+                {id: tuple(words) for id, words in transcripts.items() if self._owner[id] == job},
+                lexicon,
+                tying,
+                self.options,
             )
             for job in range(jobs if jobs > 1 else 0)
         ]
@@ -196,23 +187,11 @@ class Aligner:
             for id, scores in items:
                 yield self._here(id, scores)
             return
-        waiting: deque[Future[_Found]] = deque()
-        try:
-            for id, scores in items:
-                scores = np.ascontiguousarray(scores, np.float32)
-                waiting.append(self._processes[self._owner[id]].submit(_search, id, scores))
-                if len(waiting) > _AHEAD * len(self._processes):
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        except BrokenProcessPool as error:
-            raise RuntimeError(
-                'an alignment process died (out of memory, killed, or a script without if __name__ == "__main__":): '
-                f"use fewer jobs than {len(self._processes)} if memory is short"
-            ) from error
-        finally:
-            for future in waiting:
-                future.cancel()
+        futures = (
+            self._processes[self._owner[id]].submit(_search, id, np.ascontiguousarray(scores, np.float32))
+            for id, scores in items
+        )
+        yield from in_order(futures, len(self._processes), "an alignment")
 
     def _report(self, too_short: Sequence[TooShort], failed: Mapping[str, str]) -> None:
         if too_short:
@@ -280,7 +259,6 @@ _searcher: _Searcher | None = None
 
 def _start(transcripts: Mapping[str, Sequence[str]], lexicon: Lexicon, tying: Tying, options: ForcedAlignment) -> None:
     global _searcher
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     _searcher = _Searcher(transcripts, lexicon, tying, options)
 
 

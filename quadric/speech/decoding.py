@@ -8,12 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-import multiprocessing
-import signal
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -28,6 +23,7 @@ from jaxtyping import Float
 from quadric.progress import Progress, silent
 from quadric.speech.graph import read_graph, with_word_penalty
 from quadric.speech.topology import STATES
+from quadric.speech.workers import in_order, worker_pool
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +31,6 @@ Scores = Float[np.ndarray, " T C"]
 
 RETRY = 2.0
 """How many times wider the second search is, where the first ends in no final state."""
-
-_AHEAD = 8  # utterances a process has waiting
 
 
 @dataclass(frozen=True)
@@ -102,10 +96,7 @@ class Decoder:
         self.words, self.num_pdfs, self.jobs = tuple(words), num_pdfs, jobs
         setup = (Path(graph), options or DecodeOptions())
         self._local: _Search | None = _Search(*setup) if jobs == 1 else None
-        self._pool: ProcessPoolExecutor | None = None
-        if jobs > 1:
-            context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(jobs, context, initializer=_start, initargs=setup)
+        self._pool = worker_pool(jobs, _start, *setup) if jobs > 1 else None
 
     def __enter__(self) -> Decoder:
         return self
@@ -178,22 +169,8 @@ class Decoder:
             return
         if self._pool is None:
             raise ValueError("this Decoder is closed: decode inside its with block")
-        under_way: deque[Future[_Found]] = deque()
-        try:
-            for task in tasks:
-                if len(under_way) == _AHEAD * self.jobs:
-                    yield under_way.popleft().result()
-                under_way.append(self._pool.submit(_search, task))
-            while under_way:
-                yield under_way.popleft().result()
-        except BrokenProcessPool as error:
-            raise RuntimeError(
-                'a decoding process died (out of memory, killed, or a script without if __name__ == "__main__":): '
-                f"use fewer jobs than {self.jobs} if memory is short"
-            ) from error
-        finally:
-            for future in under_way:
-                future.cancel()
+        pool = self._pool
+        yield from in_order((pool.submit(_search, task) for task in tasks), self.jobs, "a decoding")
 
     def _checked(self, utterance: str, scores: Scores) -> Scores:
         # The decoder reads out of bounds where a column is missing.
@@ -280,7 +257,6 @@ _here: _Search | None = None
 
 def _start(graph: Path, options: DecodeOptions) -> None:
     global _here
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     _here = _Search(graph, options)
 
 

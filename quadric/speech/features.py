@@ -8,17 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import multiprocessing
 import os
-import signal
-import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Literal
 
@@ -33,6 +27,7 @@ from quadric.speech.corpus import Audio, Corpus
 from quadric.speech.feature_store import FeatureStore, read_shard, write_shard
 from quadric.speech.normalisation import Normalisation, add_deltas, deltas, normalise
 from quadric.speech.tables import few
+from quadric.speech.workers import in_order, worker_pool
 
 __all__ = [
     "BadAudio",
@@ -308,32 +303,9 @@ def _computed(
         for chunk in chunks:
             yield from _compute(fbank, chunk)
         return
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=_start_process)
-    ahead: deque[Future[list[_Extracted]]] = deque()
+    pool = worker_pool(jobs)
     try:
-        for chunk in chunks:
-            ahead.append(pool.submit(_compute, fbank, chunk))
-            if len(ahead) > 4 * jobs:
-                yield from ahead.popleft().result()
-        while ahead:
-            yield from ahead.popleft().result()
-    except BrokenProcessPool as error:
-        raise RuntimeError(
-            'a feature process died (out of memory, killed, or a script without if __name__ == "__main__":): finished '
-            f"shards are kept; run again, with fewer jobs than {jobs} if memory is short"
-        ) from error
+        for results in in_order((pool.submit(_compute, fbank, chunk) for chunk in chunks), jobs, "a feature"):
+            yield from results
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _start_process() -> None:
-    """Leaves Ctrl-C to the parent, and ends this process when the parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
-
-
-def _end_with(sentinel: int) -> None:
-    wait([sentinel])
-    os._exit(1)

@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +27,7 @@ from jaxtyping import Float, Int16
 from quadric.files import new_folder
 from quadric.progress import Progress, silent
 from quadric.speech.espeak import UNSTABLE, WORD, Engine, voice_variants
+from quadric.speech.workers import worker_pool
 
 DIGIT_LEXICON: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("EIGHT", ("EY", "T")),
@@ -261,7 +261,7 @@ def _speak_all(
 
     def speak(first: int) -> tuple[int, list[Spoken]]:
         task = (voices[first], lines[first :: len(voices)], sample_rate)
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        with worker_pool(1) as process:
             return first, process.submit(_speak, *task).result()
 
     firsts = range(min(len(voices), len(lines)))
