@@ -17,7 +17,7 @@ from torch import Tensor
 Features: TypeAlias = Float[np.ndarray, "T D"]
 Window: TypeAlias = tuple[int, int]
 
-PADDING = -1
+PADDING = -1  # that of quadric.loss.loss, which lies on this floor and cannot be imported
 """The target of a frame that is not there."""
 
 

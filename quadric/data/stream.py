@@ -17,7 +17,7 @@ Transform: TypeAlias = Callable[[Float[Tensor, "B T D"], torch.Generator], Float
 Items: TypeAlias = Int64[np.ndarray, " items"]
 
 # What a random stream is for: streams of one seed but different purposes are independent.
-_ORDER, _SAMPLE, _TRANSFORM = range(3)
+_ORDER, _SAMPLE, _TRANSFORM, _SAMPLE_TRANSFORM = range(4)
 _LISTED = 10
 
 
@@ -40,7 +40,7 @@ class FrameStream:
             is longer makes a minibatch of its own.
         chunk: frames per window; None keeps utterances whole.
         seed: of the permutations, the samples and the transform.
-        transform: applied to the inputs of ``draw`` with a generator of its own for each minibatch.
+        transform: applied to the inputs of ``draw`` and ``sample`` with a generator of its own for each minibatch.
         tolerance: utterances whose features and targets differ by at most this many frames are cut to the shorter.
 
     Raises:
@@ -80,7 +80,7 @@ class FrameStream:
             ValueError: ``frames`` is not positive.
         """
         _check_frames(frames)
-        place = (_TRANSFORM, self._epoch, self._position)
+        place = (self._epoch, self._position)
         taken, missing = [], frames
         while missing > 0:
             stop = self._position + _reach(self._lengths(self._order[self._position :]), missing)
@@ -90,14 +90,14 @@ class FrameStream:
                 self._go_to(self._epoch + 1, 0)
             else:
                 self._position = stop
-        batches = [self._batch(items) for items in self._pack(np.concatenate(taken))]
-        return [self._transformed(batch, (*place, index)) for index, batch in enumerate(batches)]
+        return self._transformed(np.concatenate(taken), _TRANSFORM, *place)
 
     def sample(self, frames: int, key: int) -> list[Batch]:
         """A random subset of the whole set, just enough to reach ``frames``; the stream does not move.
 
-        The same ``key`` gives the same sample, different keys independent ones; neither is transformed. Asking for
-        at least ``total_frames`` gives every frame once.
+        The same ``key`` gives the same sample, different keys independent ones. It is transformed as draws are: what is
+        computed on it, such as curvature, is then of the same random function as the gradient. Asking for at least
+        ``total_frames`` gives every frame once.
 
         Raises:
             ValueError: ``frames`` is not positive or ``key`` is negative.
@@ -106,7 +106,8 @@ class FrameStream:
         if key < 0:
             raise ValueError(f"key is {key}; give a non-negative number, such as the count of updates")
         order = self._permutation(_SAMPLE, key)
-        return [self._batch(items) for items in self._pack(order[: _reach(self._lengths(order), frames)])]
+        taken = order[: _reach(self._lengths(order), frames)]
+        return self._transformed(taken, _SAMPLE_TRANSFORM, key)
 
     def everything(self) -> Iterator[Batch]:
         """Every frame once, in a fixed order and as it is, for evaluation."""
@@ -186,7 +187,11 @@ class FrameStream:
         target = gather_targets([example.target for example in examples], windows)
         return Batch(inputs, target, sum(stop - start for start, stop in windows))
 
-    def _transformed(self, batch: Batch, place: tuple[int, ...]) -> Batch:
+    def _transformed(self, items: Items, *place: int) -> list[Batch]:
+        """The minibatches of ``items``, each transformed with the generator of its place."""
+        return [self._transform_one(self._batch(some), (*place, i)) for i, some in enumerate(self._pack(items))]
+
+    def _transform_one(self, batch: Batch, place: tuple[int, ...]) -> Batch:
         if self._transform is None:
             return batch
         seed = np.random.SeedSequence(self._seed, spawn_key=place).generate_state(1, np.uint64)

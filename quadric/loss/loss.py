@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-PADDING = -1
+PADDING = -1  # that of quadric.data.batch, which lies on this floor and cannot be imported
 """The target of a frame that does not count."""
 
 

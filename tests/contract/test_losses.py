@@ -9,7 +9,8 @@ import torch
 
 import cases
 from cases import LossCase
-from quadric.loss.loss import Loss
+from quadric.data.batch import PADDING as PADDING_OF_BATCHES
+from quadric.loss.loss import PADDING, Loss
 from reference import dense
 
 IDS = [cls.__name__ for cls in cases.LOSSES]
@@ -100,3 +101,8 @@ def test_the_base_asks_for_its_methods() -> None:
         Loss()(torch.zeros(1), torch.zeros(1))
     with pytest.raises(NotImplementedError):
         Loss().weight(torch.zeros(1))
+
+
+def test_losses_and_batches_agree_on_padding() -> None:
+    """Neither package may import the other."""
+    assert PADDING == PADDING_OF_BATCHES

