@@ -10,7 +10,7 @@ STAMP := .venv/.installed
 venv: $(STAMP)
 
 $(STAMP): requirements/ci.txt pyproject.toml
-	@echo "installing $$(grep -c == requirements/ci.txt) pinned packages and quadric into .venv"
+	@echo "installing the pinned packages and quadric into .venv"
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements/ci.txt
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps -e .
