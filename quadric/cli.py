@@ -234,7 +234,3 @@ def _score(chosen: argparse.Namespace) -> None:
 
 def _report(chosen: argparse.Namespace) -> None:
     print(f"report: {report(chosen.work)}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

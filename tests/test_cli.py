@@ -202,12 +202,35 @@ def test_the_listed_options_can_be_given(call: Call) -> None:
 
 def test_options_into_a_pipe_that_closes() -> None:
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    command = f"{sys.executable} -m quadric.cli train digits --options"
+    command = f"{sys.executable} -m quadric train digits --options"
     with subprocess.Popen(command.split(), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
         assert running.stdout is not None and running.stderr is not None
         running.stdout.close()
         assert running.stderr.read() == b""
     assert running.returncode == 141
+
+
+def test_ctrl_c_while_the_command_line_loads() -> None:
+    program = (
+        "import sys, quadric.__main__ as start\n"
+        "class Impatient:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'torch': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Impatient())\n"
+        "sys.exit(start.main())"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "")
+
+
+def test_what_every_process_imports_is_light() -> None:
+    program = (
+        "import quadric.__main__, sys; print([name for name in ('torch', 'numpy', 'pydantic') if name in sys.modules])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 # ------------------------------------------------------------------------------------------------ data that is wrong

@@ -44,9 +44,9 @@ pytestmark = [pytest.mark.speech, pytest.mark.demo]
 LEXICON = Lexicon(DIGIT_LEXICON)
 MONO = monophone(LEXICON.phones)
 OPTIONS = (*TINY, *CLEAN_DIGITS)
-# Checkpoints after every update, so that a kill comes behind one.
+# Checkpoints often, so that a kill comes behind one.
 PROGRAM = (
-    "import sys, quadric.train.trainer as t; t.CHECKPOINT_SECONDS = 0.0\n"
+    "import sys, quadric.train.trainer as t; t.CHECKPOINT_SECONDS = 0.2\n"
     "from quadric.cli import main\n"
     "if __name__ == '__main__': sys.exit(main())"
 )
@@ -64,7 +64,7 @@ def job(*more: str) -> Job:
     return override(digits(48), [*OPTIONS, *more])
 
 
-def start(exp: Path, *more: str, program: tuple[str, ...] = ("-m", "quadric.cli")) -> subprocess.Popen[str]:
+def start(exp: Path, *more: str, program: tuple[str, ...] = ("-m", "quadric")) -> subprocess.Popen[str]:
     """``quadric train digits`` in a session of its own, whose signals reach its children as Ctrl-C does."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     command = [sys.executable, *program, "train", "digits", "--work", str(exp), *OPTIONS, *more]
