@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -87,15 +88,17 @@ def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path: Path) -
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([living, elsewhere, "c"])
 
 
-@pytest.fixture
+@contextmanager
 def small_files() -> Iterator[None]:
-    """No file of this process may exceed 1,000 bytes."""
+    """No file of this process may exceed 1,000 bytes, not even that of the test's own output."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def too_large(path: Path) -> None:
@@ -119,10 +122,9 @@ def too_long_a_log(path: Path) -> None:
     [too_large, too_large_inside, too_long_a_log, lambda path: checkpoint.save({"w": torch.zeros(1000)}, path)],
     ids=["file", "folder", "metrics", "checkpoint"],
 )
-def test_what_cannot_be_written_names_folder_and_remedy(
-    tmp_path: Path, small_files: None, write: Callable[[Path], None]
-) -> None:
-    with pytest.raises(Unwritable, match=rf"cannot write to {tmp_path}(/x)?: .*raise the limit or choose") as error:
+def test_what_cannot_be_written_names_folder_and_remedy(tmp_path: Path, write: Callable[[Path], None]) -> None:
+    match = rf"cannot write to {tmp_path}(/x)?: .*raise the limit or choose"
+    with pytest.raises(Unwritable, match=match) as error, small_files():
         write(tmp_path / "x")
     assert error.value.errno == errno.EFBIG
     assert not list(tmp_path.glob(".*"))
