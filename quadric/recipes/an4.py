@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from quadric.data.augment import SpecAugment
-from quadric.train.recipe import Decoding, FirstOrder, HessianFree, Job, Network
+from quadric.speech.gaussian import GaussianBootstrap
+from quadric.train.recipe import Decoding, FirstOrder, FlatStart, HessianFree, Job, Network
 from quadric.train.sources import An4
 
 
@@ -23,6 +24,7 @@ def an4(data: Path, seed: int = 0) -> Job:
         test=An4(data, "test"),
         lexicon=data / "lexicon.txt",
         deltas=2,
+        flat_start=FlatStart(gaussian=GaussianBootstrap(cepstra=None)),
         augment=SpecAugment(frequency_masks=0),
         network=Network("tdnn", (384,) * 4, offsets=((-2, -1, 0, 1, 2), (-3, 0, 3), (-6, 0, 6), (0,)), dropout=0.2),
         adam=FirstOrder(epochs=12),
