@@ -24,13 +24,14 @@ def fsdd(data: Path, seed: int = 0) -> Job:
         test=DigitStrings(data, "test"),
         fbank=Fbank(rate=8000),
         speeds=(0.85, 1.0, 1.15),
+        autocast=True,
         augment=SpecAugment(),
         flat_start=FlatStart(rounds=2),
         network=Network(
             "tdnn", (256,) * 3, offsets=((-2, -1, 0, 1, 2), (-3, 0, 3), (-6, 0, 6)), dropout=0.2, norm="none"
         ),
         adam=FirstOrder(epochs=2),
-        hessian_free=HessianFree(epochs=1, gradient_frames=150_000, curvature_frames=10_000, max_steps=30),
+        hessian_free=HessianFree(epochs=0.5, gradient_frames=80_000, curvature_frames=6_000, max_steps=30),
         decoding=Decoding(lm_weights=(3.0, 5.0, 8.0, 12.0), word_penalties=(-1.0, 0.0, 1.0)),
         seed=seed,
     )

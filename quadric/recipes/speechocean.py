@@ -32,8 +32,8 @@ def speechocean(data: Path, seed: int = 0) -> Job:
         network=Network("tdnn", (512,) * 5, dropout=0.1),
         chunk=80,
         adam=FirstOrder(epochs=4),
-        hessian_free=HessianFree(epochs=1.25, gradient_frames=150_000, curvature_frames=8_000, max_steps=40),
-        decoding=Decoding(lm_weights=(6.0, 8.0, 10.0, 12.0), word_penalties=(0.0, 1.0, 2.0)),
+        hessian_free=HessianFree(epochs=0.8, gradient_frames=150_000, curvature_frames=5_000, max_steps=40),
+        decoding=Decoding(11.0, 2000, lm_weights=(7.0, 10.0, 13.0), word_penalties=(0.0, 1.0), sweep_utterances=80),
         autocast=True,
         seed=seed,
     )
