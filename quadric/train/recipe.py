@@ -150,7 +150,7 @@ class HessianFree(Method):
     epochs: float = 8.0
     gradient_frames: int = 200_000
     curvature_frames: int = 20_000  # type: ignore[misc]
-    damping: float = 0.1
+    damping: float = 1.0
     max_steps: int = 50
     tolerance: float = 5e-4
     momentum: float = 0.95
