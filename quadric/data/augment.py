@@ -14,6 +14,7 @@ from torch import Tensor
 class SpecAugment:
     """Time and frequency masks of SpecAugment (Park et al. 2019, Section 2), without time warping.
 
+    The defaults suit windows of 50 to 100 frames; the paper's, for whole utterances, would hide half of such a window.
     Each mask hides ``w`` consecutive frames (or feature dimensions) of one utterance: ``w`` is uniform on 0 to the
     width inclusive, its start uniform where it fits. Hidden values become 0, the mean of normalised features.
 
@@ -24,8 +25,8 @@ class SpecAugment:
         frequency_width: the widest, in dimensions; clipped to their number.
     """
 
-    time_masks: int = 2
-    time_width: int = 20
+    time_masks: int = 1
+    time_width: int = 10
     frequency_masks: int = 2
     frequency_width: int = 8
 

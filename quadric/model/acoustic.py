@@ -32,6 +32,12 @@ _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 # The slope of a logistic unit is at most a quarter: four times wider weights keep the signal alive through the layers.
 _GLOROT_GAIN = {"sigmoid": 4.0, "tanh": 1.0}
 _OUTPUT_GAIN = 0.1
+NORM_FLOOR = 0.1
+"""What layer normalisation adds to the variance of a frame's units.
+
+Where the whole window of a layer is masked or silent in the same way, the units hardly vary, and torch's 1e-5 would
+blow up what is left of them, and every gradient through them, 300 times.
+"""
 
 
 def splice(x: Float[Tensor, "B frames D"], offsets: Sequence[int]) -> Float[Tensor, "B T D*n"]:
@@ -57,7 +63,7 @@ class SplicedLayer(nn.Module):
         self.offsets = tuple(offsets)
         self.activation = activation
         self.linear = nn.Linear(inputs * len(self.offsets), outputs)
-        self.norm = nn.LayerNorm(outputs) if norm == "layer" else nn.Identity()
+        self.norm = nn.LayerNorm(outputs, eps=NORM_FLOOR) if norm == "layer" else nn.Identity()
         self.dropout = nn.Dropout(dropout)
         if activation == "relu":
             nn.init.kaiming_normal_(self.linear.weight, nonlinearity="relu")

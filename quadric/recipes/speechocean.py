@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from quadric.data.augment import SpecAugment
 from quadric.speech.features import Fbank
 from quadric.speech.tree import TreeOptions
 from quadric.train.recipe import Decoding, FirstOrder, FlatStart, HessianFree, Job, Network
@@ -28,10 +27,9 @@ def speechocean(data: Path, seed: int = 0) -> Job:
         speeds=(0.9, 1.0, 1.1),
         flat_start=FlatStart(rounds=3),
         tree=TreeOptions(leaves=800),
-        augment=SpecAugment(),
         network=Network("tdnn", (512,) * 5, dropout=0.1),
         chunk=80,
-        adam=FirstOrder(epochs=4),
+        adam=FirstOrder(epochs=3, gradient_frames=1024),
         hessian_free=HessianFree(epochs=0.8, gradient_frames=150_000, curvature_frames=5_000, max_steps=40),
         decoding=Decoding(11.0, 2000, lm_weights=(7.0, 10.0, 13.0), word_penalties=(0.0, 1.0), sweep_utterances=80),
         autocast=True,

@@ -208,3 +208,17 @@ def test_bad_contexts_inputs_and_priors_are_named() -> None:
 def test_splice_of_one_frame_is_a_view() -> None:
     x = torch.randn(2, 3, 4)
     assert splice(x, (0,)).data_ptr() == x.data_ptr()
+
+
+def test_a_masked_window_does_not_blow_up_gradients() -> None:
+    model = TDNN(8, 5, [32, 32], offsets=[(-1, 0, 1), (-1, 0, 1)], norm="layer")
+    with torch.no_grad():
+        for layer in model.hidden:
+            layer.linear.bias.normal_(std=1e-3)  # as after a first step of training
+
+    def gradient(inputs: torch.Tensor) -> float:
+        loss = torch.nn.functional.cross_entropy(model(inputs)[0], torch.zeros(20, dtype=torch.long))
+        return float(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]).norm())
+
+    heard = torch.randn(1, 24, 8)
+    assert gradient(torch.zeros(1, 24, 8)) < 5 * gradient(heard)
