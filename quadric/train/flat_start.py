@@ -165,7 +165,9 @@ def _train(
         id: FullSumTarget(graphs.automaton(corpus[id].words), len(features[id]))
         for id in progress(list(first), total=len(first), what="flat start: graphs")
     }
-    whole = FrameStream(features, automata, context=context, chunk=None, micro_frames=4 * options.gradient_frames)
+    whole = FrameStream(
+        features, automata, context=context, chunk=None, micro_frames=4 * options.gradient_frames, seed=job.seed
+    )
     for round in range(options.rounds):
         low, high = options.scale
         scale = low + (high - low) * round / max(1, options.rounds - 1)

@@ -38,7 +38,7 @@ from quadric.train.prepare import Prepared, make_features, prepare
 from quadric.train.recipe import Job, Method
 from quadric.train.report import Environment, Report, Run, Sweep, write_report
 from quadric.train.sources import material
-from quadric.train.stages import Stages, digest, plain
+from quadric.train.stages import Stages, alone_in, digest, plain
 from quadric.train.system import System
 from quadric.train.trainer import Plan, Trainer
 
@@ -71,6 +71,11 @@ class Units:
 
 def run(job: Job, work: Path, *, progress: Progress = silent) -> Result:
     """Does the whole job in ``work``; what was done there before is not done again."""
+    with alone_in(work):
+        return _run(job, work, progress)
+
+
+def _run(job: Job, work: Path, progress: Progress) -> Result:
     stages = Stages(work)
     prepared = prepare(job, stages, progress)
     aligned = flat_start(job, prepared, stages, progress)

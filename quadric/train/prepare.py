@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ def prepare(job: Job, stages: Stages, progress: Progress) -> Prepared:
     materials = {split: _known(material, lexicon, job, split) for split, material in materials.items()}
     if any(material.features is not None for material in materials.values()) and job.speeds != (1.0,):
         raise ValueError(f"speeds={job.speeds}: ready-made features have one speed; set speeds=[1.0]")
-    perturbed = perturb_speed(materials["train"].corpus, job.speeds) if len(job.speeds) > 1 else None
+    perturbed = perturb_speed(materials["train"].corpus, job.speeds) if job.speeds != (1.0,) else None
     front = Front(job.fbank, job.normalisation, job.deltas)
     features = {
         split: make_features(
@@ -175,5 +176,14 @@ def _language_model(
             "lm", job.lm_order, sentences["train"], lexicon, by=lambda folder: model.write_arpa(folder / "lm.arpa")
         )
         arpa = folder / "lm.arpa"
-    known = {split: [s for s in said if all(word in lexicon for word in s)] for split, said in sentences.items()}
-    return arpa, {split: model.perplexity(said) for split, said in known.items()}
+    known = set(model.vocabulary) & set(lexicon.words)
+    perplexity = {}
+    for split, said in sentences.items():
+        covered = [sentence for sentence in said if known.issuperset(sentence)]
+        if len(covered) < len(said):
+            logger.warning(
+                "%s: %d of %d sentences hold words that lexicon or language model lack; perplexity without them",
+                split, len(said) - len(covered), len(said),
+            )  # fmt: skip
+        perplexity[split] = model.perplexity(covered) if covered else math.nan
+    return arpa, perplexity

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -87,9 +87,7 @@ class Method(ABC):
     curvature_frames: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "gradient_frames"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must be positive")
+        _check(self, epochs=_POSITIVE, gradient_frames=_POSITIVE)
 
     @abstractmethod
     def build(self, params: Iterable[nn.Parameter]) -> Optimizer:
@@ -118,6 +116,10 @@ class FirstOrder(Method):
     weight_decay: float = 1e-2
     warmup: float = 0.05
     floor: float = 0.02
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self, lr=_POSITIVE, weight_decay=_NOT_NEGATIVE, warmup=_SHARE, floor=_SHARE)
 
     def build(self, params: Iterable[nn.Parameter]) -> Optimizer:
         return self.optimizer(params, lr=self.lr, weight_decay=self.weight_decay)  # type: ignore[call-arg]
@@ -154,6 +156,11 @@ class HessianFree(Method):
     max_steps: int = 50
     tolerance: float = 5e-4
     momentum: float = 0.95
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self, curvature_frames=_POSITIVE, damping=_POSITIVE, max_steps=_POSITIVE, tolerance=_NOT_NEGATIVE)
+        _check(self, momentum=_SHARE)
 
     def build(self, params: Iterable[nn.Parameter]) -> Optimizer:
         return hessian_free(
@@ -193,6 +200,10 @@ class FlatStart:
     lr: float = 1e-3
     gradient_frames: int = 4096
 
+    def __post_init__(self) -> None:
+        _check(self, warm=_POSITIVE, rounds=_NOT_NEGATIVE, prior_scale=_NOT_NEGATIVE, lr=_POSITIVE)
+        _check(self, gradient_frames=_POSITIVE, scale=_ALL_POSITIVE)
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -210,6 +221,10 @@ class Decoding:
     lm_weights: tuple[float, ...] = (4.0, 6.0, 8.0, 10.0, 12.0)
     word_penalties: tuple[float, ...] = (-1.0, 0.0, 1.0, 2.0)
     sweep_utterances: int = 200
+
+    def __post_init__(self) -> None:
+        _check(self, beam=_POSITIVE, max_active=_POSITIVE, sweep_utterances=_POSITIVE, lm_weights=_ALL_POSITIVE)
+        _check(self, word_penalties=_ALL_FINITE)
 
 
 @dataclass(frozen=True)
@@ -268,8 +283,14 @@ class Job:
     jobs: int = 2
 
     def __post_init__(self) -> None:
-        if self.jobs < 1 or self.seed < 0 or self.chunk < 1:
-            raise ValueError(f"jobs={self.jobs} and chunk={self.chunk} must be at least 1, seed={self.seed} at least 0")
+        _check(self, jobs=_POSITIVE, chunk=_POSITIVE, seed=_NOT_NEGATIVE, deltas=_NOT_NEGATIVE, lm_order=_POSITIVE)
+        _check(self, speeds=_ALL_POSITIVE)
+        if 1.0 not in self.speeds or len(set(self.speeds)) < len(self.speeds):
+            raise ValueError(
+                f"speeds={self.speeds}: must hold 1.0, the speed alignments start from, and each speed once"
+            )
+        if not self.name or Path(self.name).name != self.name:
+            raise ValueError(f"name={self.name!r}: must be the plain name of a folder")
         if not self.methods:
             raise ValueError("adam and hessian_free are both none: leave at least one training in")
 
@@ -278,3 +299,21 @@ class Job:
         """The trainings that are not left out, by name."""
         named: dict[str, Method | None] = {"adam": self.adam, "hessian_free": self.hessian_free}
         return {name: method for name, method in named.items() if method is not None}
+
+
+_Rule = tuple[Callable[[Any], bool], str]
+_POSITIVE: _Rule = (lambda value: 0 < value < math.inf, "must be positive")
+_NOT_NEGATIVE: _Rule = (lambda value: 0 <= value < math.inf, "must not be negative")
+_SHARE: _Rule = (lambda value: 0 <= value <= 1, "must be between 0 and 1")
+_ALL_POSITIVE: _Rule = (
+    lambda values: len(values) > 0 and all(0 < v < math.inf for v in values),
+    "needs positive values",
+)
+_ALL_FINITE: _Rule = (lambda values: len(values) > 0 and all(map(math.isfinite, values)), "needs finite values")
+
+
+def _check(record: object, **rules: _Rule) -> None:
+    """Raises ``ValueError`` for the first option that breaks its rule: before any work, not in the middle of it."""
+    for name, (holds, demand) in rules.items():
+        if not holds(getattr(record, name)):
+            raise ValueError(f"{name}={getattr(record, name)}: {demand}")

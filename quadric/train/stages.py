@@ -7,10 +7,12 @@ before it). Changing an option makes a new folder; changing it back finds the ol
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,22 @@ def digest(*parts: Any) -> str:
     """Ten hexadecimal digits that name ``parts``."""
     text = json.dumps(plain(list(parts)), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+@contextmanager
+def alone_in(work: Path) -> Iterator[None]:
+    """Holds the working folder: two jobs at once would write into each other's files.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"work={work}: another job is at work there; wait for it, or use another folder") from None
+        yield
 
 
 class Stages:

@@ -40,6 +40,10 @@ class Interrupted(Exception):
     """Training was asked to stop and has saved its state; the same command goes on from there."""
 
 
+class Diverged(RuntimeError):
+    """The loss is no longer finite: going on would only waste time."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """How much data, how often judged.
@@ -141,6 +145,7 @@ class Trainer:
         """Trains to the end of the plan, from ``state.pt`` if it is there; returns the record of ``model.pt``.
 
         Raises:
+            Diverged: the held-out loss is not finite.
             Interrupted: on SIGINT or SIGTERM, after the update under way, with everything saved.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -208,6 +213,11 @@ class Trainer:
             self._keep({})
             return {}
         scores = evaluate(self.model, self.loss, self.held_out, autocast=self.plan.autocast)
+        if not math.isfinite(scores["loss"]):
+            raise Diverged(
+                f"the held-out loss is {scores['loss']} after update {self.update}: training diverged; "
+                f"lower the learning rate or raise the damping (the log is in {self.folder})"
+            )
         if scores["loss"] < self.best:
             self.best = scores["loss"]
             self._keep(scores)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from quadric.train.stages import Stages, digest
+from quadric.train.stages import Stages, alone_in, digest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,3 +56,14 @@ def test_digests_tell_values_apart() -> None:
     values = [1, 1.5, "1.5", None, [1], [[1]], Options(), Options(2.0), np.arange(3), np.arange(4), float]
     assert len({digest(value) for value in values}) == len(values)
     assert digest(np.arange(3)) == digest(np.arange(3))
+
+
+def test_one_job_at_a_time_in_a_folder(tmp_path: Path) -> None:
+    with (
+        alone_in(tmp_path / "work"),
+        pytest.raises(ValueError, match=r"another job is at work there"),
+        alone_in(tmp_path / "work"),
+    ):
+        pass
+    with alone_in(tmp_path / "work"):
+        pass

@@ -24,7 +24,7 @@ from quadric.model.acoustic import TDNN
 from quadric.optim.second_order import hessian_free
 from quadric.train import checkpoint
 from quadric.train.metrics import MetricsLog
-from quadric.train.trainer import Interrupted, Plan, Trainer, evaluate
+from quadric.train.trainer import Diverged, Interrupted, Plan, Trainer, evaluate
 
 CLASSES = 5
 
@@ -147,3 +147,12 @@ def test_a_finished_training_is_not_repeated(tmp_path: Path) -> None:
 def test_plan_names_what_is_wrong(option: str) -> None:
     with pytest.raises(ValueError, match=f"{option}=0"):
         Plan(**{"epochs": 1, "gradient_frames": 1, option: 0})
+
+
+def test_a_diverged_training_says_so_and_stops(tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path, "adam")
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = group["initial_lr"] = 1e30
+    trainer.scheduler = None
+    with pytest.raises(Diverged, match=r"held-out loss is (nan|inf).*lower the learning rate"):
+        trainer.fit()
