@@ -197,7 +197,7 @@ def _recordings(folder: Path, root: Path | None, allow_commands: bool) -> dict[s
             "pass allow_commands=True"
         )
     relative = [value for value in entries.values() if not value.endswith("|") and not os.path.isabs(value)]
-    start = find_root(folder, root, relative[0], path.name) if relative else folder
+    start = find_root(folder, root, relative, path.name) if relative else folder
     return {
         id: Audio(command=value[:-1].strip()) if value.endswith("|") else Audio(path=start / value)
         for id, value in entries.items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -83,20 +83,21 @@ def one_field(value: str) -> str:
     return value
 
 
-def find_root(folder: Path, root: Path | None, file: str, table: str) -> Path:
-    """The folder that the relative paths of a table in ``folder`` start from, judged by its first one, ``file``.
+def find_root(folder: Path, root: Path | None, files: Sequence[str], table: str) -> Path:
+    """The folder that the relative paths ``files`` of a table in ``folder`` start from.
 
-    It is ``root`` if given, else the first of ``folder`` and its two ancestors under which ``file`` exists.
+    It is ``root`` if given, else the first of ``folder`` and its two ancestors under which any of them exists: one
+    missing file does not hide the others.
 
     Raises:
-        FileNotFoundError: ``file`` is under none of them.
+        FileNotFoundError: none of ``files`` is under any of them.
     """
     candidates = [Path(os.path.abspath(root))] if root is not None else [folder, *list(folder.parents)[:2]]
     for candidate in candidates:
-        if (candidate / file).is_file():
+        if any((candidate / file).is_file() for file in files):
             return candidate
     raise FileNotFoundError(
-        f"{file}, the first relative path of {folder / table}, is not in {' nor in '.join(map(str, candidates))}: "
+        f"{files[0]}, the first relative path of {folder / table}, is not in {' nor in '.join(map(str, candidates))}: "
         "pass root= with the folder that the paths start from"
     )
 
@@ -117,5 +118,5 @@ def find_features(folder: Path, root: Path | None, table: str = "feats.scp") -> 
     relative = [value for value in entries.values() if not os.path.isabs(value)]
     if not relative:
         return entries
-    start = find_root(folder, root, re.sub(r"(:\d+)?(\[[^\]]*\])?$", "", relative[0]), table)
+    start = find_root(folder, root, [re.sub(r"(:\d+)?(\[[^\]]*\])?$", "", value) for value in relative], table)
     return {name: value if os.path.isabs(value) else str(start / value) for name, value in entries.items()}

@@ -67,6 +67,14 @@ def test_relative_paths_start_from_the_folder_or_two_above(tmp_path: Path, depth
     assert audio is not None and audio.path == root / "flac" / "u.flac"
 
 
+def test_a_missing_first_file_does_not_hide_the_root(tmp_path: Path) -> None:
+    wav_scp, text, utt2spk = "a flac/a.flac\nb flac/b.flac\n", "a ONE\nb TWO\n", "a s\nb s\n"
+    folder = data_dir(tmp_path / "data" / "train", wav_scp=wav_scp, text=text, utt2spk=utt2spk)
+    sound(tmp_path / "flac" / "b.flac")
+    audio = read_data_dir(folder).by_id["a"].audio
+    assert audio is not None and audio.path == tmp_path / "flac" / "a.flac"  # its absence is found when it is read
+
+
 def test_a_given_root_is_the_only_one(tmp_path: Path) -> None:
     folder = data_dir(tmp_path / "data", wav_scp="u u.flac\n", text="u ONE\n", utt2spk="u s\n")
     sound(folder / "u.flac")
