@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ import torch
 from hypothesis import settings
 
 SHARED_DATA = Path(os.environ.get("QUADRIC_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+
+# A shell that runs this in the background ignores Ctrl-C, and so would every process that a test interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Timings on a busy machine are no property of the code, and a failure must come back on the next run.
 settings.register_profile("quadric", deadline=None, derandomize=True)

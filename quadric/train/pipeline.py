@@ -92,6 +92,7 @@ def _run(job: Job, work: Path, progress: Progress) -> Result:
         "perplexity": {split: round(value, 2) for split, value in prepared.perplexity.items()},
         "outputs": units.tying.num_pdfs,
         "alignment": _describe(aligned, prepared),
+        "environment": plain(_environment(job.seed)),
     }
     with new_file(work / "job.json") as temporary:
         temporary.write_text(json.dumps(summary, indent=1))
@@ -323,7 +324,7 @@ def report(work: Path) -> Path:
         runs=runs,
         summary=_summary(summary),
         recipe=summary["recipe"],
-        environment=_environment(summary["recipe"]["seed"]),
+        environment=Environment(**summary["environment"]),
         sweeps=sweeps,
         alignment=summary["alignment"],
     )

@@ -21,6 +21,7 @@ TINY = (
     "hessian_free.gradient_frames=3000",
     "hessian_free.curvature_frames=1000",
     "hessian_free.max_steps=8",
+    "hessian_free.damping=0.1",
     "decoding.lm_weights=[3,6]",
     "decoding.word_penalties=[0]",
     "jobs=1",
