@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -288,7 +289,7 @@ def load_alignments(path: str | os.PathLike[str]) -> dict[str, Int32[np.ndarray,
         raise FileNotFoundError(f"there is no archive of alignments {path}")
     try:
         entries = dict(kaldiio.load_ark(str(path)))
-    except (ValueError, EOFError, RuntimeError, AssertionError) as error:
+    except (ValueError, EOFError, RuntimeError, AssertionError, struct.error) as error:
         raise ValueError(f"{path} is not a Kaldi archive of integer vectors: {error}") from error
     for id, values in entries.items():
         if not isinstance(values, np.ndarray) or values.ndim != 1 or not np.issubdtype(values.dtype, np.integer):

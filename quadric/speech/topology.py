@@ -13,6 +13,7 @@ from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 from jaxtyping import Int32, Integer
@@ -123,7 +124,7 @@ class Tying:
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 phones, context, table = arrays["phones"], arrays["context"], arrays["table"]
-        except (KeyError, ValueError, EOFError, OSError) as error:
+        except (KeyError, ValueError, EOFError, OSError, BadZipFile) as error:
             raise ValueError(f"path={str(path)!r} is not a file that Tying.save wrote: {error}") from error
         return cls(tuple(phones.tolist()), int(context), table)  # type: ignore[arg-type]
 

@@ -32,5 +32,5 @@ def load(path: Path, *, device: str | torch.device = "cpu") -> dict[str, Any]:
         return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"path={path}: no checkpoint there") from None
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+    except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, ValueError) as error:
         raise ValueError(f"path={path} is not a checkpoint of this program: {error}") from error

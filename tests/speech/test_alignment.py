@@ -347,3 +347,12 @@ def test_bootstrap_options_are_checked() -> None:
             GaussianBootstrap(components=components)
     with pytest.raises(ValueError, match="cepstra=0"):
         GaussianBootstrap(cepstra=0)
+
+
+@pytest.mark.parametrize("kept", [7, 9, 13, 30])
+def test_a_truncated_archive_is_named(tmp_path: Path, kept: int) -> None:
+    save_alignments(tmp_path / "ali.ark", {"utt": np.arange(40, dtype=np.int32)})
+    whole = (tmp_path / "ali.ark").read_bytes()
+    (tmp_path / "torn.ark").write_bytes(whole[:kept])
+    with pytest.raises(ValueError, match=r"torn\.ark is not a Kaldi archive"):
+        load_alignments(tmp_path / "torn.ark")

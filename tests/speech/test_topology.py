@@ -130,3 +130,11 @@ def test_segments_of_impossible_pdfs_are_refused() -> None:
         phone_segments(np.array([0, 6]), monophone(("A",)))
     with pytest.raises(ValueError, match="integers"):
         phone_segments(np.array([0.0]), monophone(("A",)))
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    monophone(("AH", "T")).save(tmp_path / "tying.npz")
+    whole = (tmp_path / "tying.npz").read_bytes()
+    (tmp_path / "torn.npz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"torn\.npz' is not a file that Tying\.save wrote"):
+        Tying.load(tmp_path / "torn.npz")

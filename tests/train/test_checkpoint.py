@@ -46,3 +46,9 @@ def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"evil\.pt"):
         checkpoint.load(tmp_path / "evil.pt")
     assert not (tmp_path / "ran").exists()
+
+
+def test_text_is_not_a_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "text.pt").write_text("edited by hand")
+    with pytest.raises(ValueError, match=r"text\.pt is not a checkpoint"):
+        checkpoint.load(tmp_path / "text.pt")
