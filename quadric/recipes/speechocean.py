@@ -26,6 +26,7 @@ def speechocean(data: Path, seed: int = 0) -> Job:
         fbank=Fbank(high=-400.0),
         speeds=(0.9, 1.0, 1.1),
         flat_start=FlatStart(rounds=3),
+        realign=FirstOrder(epochs=1, gradient_frames=1024),
         tree=TreeOptions(leaves=800),
         network=Network("tdnn", (512,) * 5, dropout=0.1),
         chunk=80,

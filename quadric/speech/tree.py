@@ -222,15 +222,15 @@ def retie(
     return targets
 
 
-def initial_output_rows(mono: Tying, tri: Tying) -> Int64[np.ndarray, " C"]:
-    """For every pdf of ``tri`` the pdf of ``mono`` with its phone and state.
-
-    An output layer for ``tri`` starts from these rows of a layer that was trained for ``mono``.
-    """
+def untie(
+    alignments: Mapping[str, Integer[np.ndarray, " T"]], mono: Tying, tri: Tying
+) -> dict[str, Int32[np.ndarray, " T"]]:
+    """Alignments as pdfs of ``tri``, as pdfs of ``mono``: every pdf is of one phone and one state."""
     _check_same_phones(mono, tri)
     if mono.context != 1:
         raise ValueError(f"mono has context={mono.context}: pass the tying without context, made by monophone()")
-    return mono.table[tri.phone_of_pdf, 0, 0, tri.state_of_pdf].astype(np.int64)
+    row = mono.table[tri.phone_of_pdf, 0, 0, tri.state_of_pdf]
+    return {id: row[np.asarray(pdfs)] for id, pdfs in alignments.items()}
 
 
 @dataclass(frozen=True, eq=False)

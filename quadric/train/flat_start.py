@@ -22,6 +22,7 @@ from quadric.loss.loss import CrossEntropy, Loss
 from quadric.model.acoustic import TDNN, log_priors
 from quadric.progress import Progress
 from quadric.speech.alignment import ForcedAlignment, align, fit_lengths, load_alignments, save_alignments
+from quadric.speech.corpus import Corpus
 from quadric.speech.ctm import read_ctm, targets_from_phones, targets_from_words
 from quadric.speech.gaussian import bootstrap
 from quadric.speech.graph import AlignmentGraphs
@@ -29,6 +30,7 @@ from quadric.speech.topology import Tying, monophone
 from quadric.train import checkpoint
 from quadric.train.prepare import Prepared
 from quadric.train.recipe import Job
+from quadric.train.sources import Split
 from quadric.train.stages import Stages, digest
 from quadric.train.system import Likelihoods
 from quadric.train.trainer import Plan, Trainer
@@ -54,6 +56,16 @@ class Aligned:
     train: Targets
     dev: Targets
 
+    def save(self, folder: Path) -> None:
+        """Writes both sets to ``folder``."""
+        save_alignments(folder / "train.ark", self.train)
+        save_alignments(folder / "dev.ark", self.dev)
+
+    @classmethod
+    def load(cls, tying: Tying, folder: Path) -> Aligned:
+        """Reads what `save` wrote."""
+        return cls(tying, load_alignments(folder / "train.ark"), load_alignments(folder / "dev.ark"))
+
 
 def flat_start(job: Job, prepared: Prepared, stages: Stages, progress: Progress) -> Aligned:
     """Alignments of the training and development sets. Utterances that cannot be aligned are left out, and named."""
@@ -65,26 +77,40 @@ def flat_start(job: Job, prepared: Prepared, stages: Stages, progress: Progress)
         first = _first_alignments(job, prepared, tying, stages, progress)
         work = stages.folder("flat-start", *key)
         model, log_prior = _train(job, prepared, tying, first, work, progress)
-        for name, corpus, features in (
-            ("train", prepared.perturbed, prepared.features["train"]),
-            ("dev", prepared.corpora["dev"], prepared.features["dev"]),
-        ):
-            transcripts = {utterance.id: utterance.words for utterance in corpus if utterance.id in features}
-            scores = Likelihoods(model, features, job.flat_start.prior_scale * log_prior, autocast=job.autocast)
-            found = align(
-                transcripts,
-                ((id, scores[id]) for id in transcripts),
-                prepared.lexicon,
-                tying,
-                options=ForcedAlignment(on_too_short="drop"),
-                jobs=job.jobs,
-                progress=progress,
-            )
-            pdfs = {**found.pdfs, **(first if name == "train" and job.alignments else {})}
-            save_alignments(folder / f"{name}.ark", pdfs)
+        pdfs = viterbi(job, prepared, tying, model, job.flat_start.prior_scale * log_prior, progress)
+        if job.alignments is not None:
+            pdfs["train"].update(first)
+        Aligned(tying, pdfs["train"], pdfs["dev"]).save(folder)
 
     folder = stages.make("alignment", *key, by=make)
-    return Aligned(tying, load_alignments(folder / "train.ark"), load_alignments(folder / "dev.ark"))
+    return Aligned.load(tying, folder)
+
+
+def viterbi(
+    job: Job,
+    prepared: Prepared,
+    tying: Tying,
+    model: TDNN,
+    log_prior: Float[np.ndarray, " C"],
+    progress: Progress,
+) -> dict[Split, dict[str, Int32[np.ndarray, " T"]]]:
+    """The pdfs of every frame of the training and development sets, by the network; what cannot be aligned is named."""
+    found: dict[Split, dict[str, Int32[np.ndarray, " T"]]] = {}
+    sets: dict[Split, Corpus] = {"train": prepared.perturbed, "dev": prepared.corpora["dev"]}
+    for split, corpus in sets.items():
+        features = prepared.features[split]
+        transcripts = {utterance.id: utterance.words for utterance in corpus if utterance.id in features}
+        scores = Likelihoods(model, features, log_prior, autocast=job.autocast)
+        found[split] = align(
+            transcripts,
+            ((id, scores[id]) for id in transcripts),
+            prepared.lexicon,
+            tying,
+            options=ForcedAlignment(on_too_short="drop"),
+            jobs=job.jobs,
+            progress=progress,
+        ).pdfs
+    return found
 
 
 def _first_alignments(

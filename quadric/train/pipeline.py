@@ -20,7 +20,7 @@ from jaxtyping import Float
 from quadric.data.stream import FrameStream
 from quadric.files import new_file
 from quadric.loss.loss import CrossEntropy
-from quadric.model.acoustic import log_priors
+from quadric.model.acoustic import TDNN, log_priors
 from quadric.progress import Progress, silent
 from quadric.speech import scoring
 from quadric.speech.alignment import ForcedAlignment, align
@@ -30,9 +30,9 @@ from quadric.speech.decoding import Decoder, search
 from quadric.speech.graph import decoding_graph, write_graph
 from quadric.speech.scoring import Errors, Score
 from quadric.speech.topology import Tying
-from quadric.speech.tree import ContextStatistics, grow, retie
+from quadric.speech.tree import ContextStatistics, grow, retie, untie
 from quadric.train import checkpoint
-from quadric.train.flat_start import Aligned, Targets, flat_start
+from quadric.train.flat_start import Aligned, Targets, flat_start, viterbi
 from quadric.train.metrics import MetricsLog
 from quadric.train.prepare import Prepared, make_features, prepare
 from quadric.train.recipe import Job, Method
@@ -80,6 +80,9 @@ def _run(job: Job, work: Path, progress: Progress) -> Result:
     prepared = prepare(job, stages, progress)
     aligned = flat_start(job, prepared, stages, progress)
     units = _units(job, prepared, aligned, stages, progress)
+    if job.realign is not None:
+        aligned = _realigned(job, job.realign, prepared, aligned, units, stages, progress)
+        units = _units(job, prepared, aligned, stages, progress)
     folders = {}
     for name, method in job.methods.items():
         folder = _trained(job, name, method, prepared, units, stages, progress)
@@ -130,6 +133,34 @@ def _units(job: Job, prepared: Prepared, aligned: Aligned, stages: Stages, progr
     return Units(tying, train, dev, graph / "graph.fst")
 
 
+def _realigned(
+    job: Job,
+    method: Method,
+    prepared: Prepared,
+    aligned: Aligned,
+    units: Units,
+    stages: Stages,
+    progress: Progress,
+) -> Aligned:
+    """Alignments by a network that was trained on those before: it sees more around a frame than what made them."""
+    trained = _trained(job, "realign", method, prepared, units, stages, progress)
+
+    def make(folder: Path) -> None:
+        model = _network(job, prepared, units, trained)
+        pdfs = viterbi(job, prepared, units.tying, model, units.log_prior, progress)
+        states = {split: untie(found, aligned.tying, units.tying) for split, found in pdfs.items()}
+        Aligned(aligned.tying, states["train"], states["dev"]).save(folder)
+
+    return Aligned.load(aligned.tying, stages.make("realigned", trained.name, by=make))
+
+
+def _network(job: Job, prepared: Prepared, units: Units, trained: Path) -> TDNN:
+    """The network in the folder of a training, with its best parameters."""
+    model = job.network.build(prepared.dimension, units.tying.num_pdfs)
+    model.load_state_dict(checkpoint.load(trained / "model.pt")["model"])
+    return model.eval()
+
+
 def _trained(
     job: Job, name: str, method: Method, prepared: Prepared, units: Units, stages: Stages, progress: Progress
 ) -> Path:
@@ -176,13 +207,11 @@ def _tested(job: Job, prepared: Prepared, units: Units, folder: Path, progress: 
     """The folder with the decoded sets and the tuned system of a training."""
 
     def make(out: Path) -> None:
-        model = job.network.build(prepared.dimension, units.tying.num_pdfs)
-        model.load_state_dict(checkpoint.load(folder / "model.pt")["model"])
         system = System(
             front=prepared.front,
             inputs=prepared.dimension,
             network=job.network,
-            model=model.eval(),
+            model=_network(job, prepared, units, folder),
             log_prior=units.log_prior,
             tying=units.tying,
             lexicon=prepared.lexicon,

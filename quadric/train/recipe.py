@@ -245,6 +245,7 @@ class Job:
         arpa: a language model of your own instead.
         alignments: Kaldi per-frame pdf alignments of the training set instead of a flat start.
         flat_start: how alignments are found.
+        realign: a training of the network whose alignments replace the flat start's; None: leave it out.
         tree: tied triphone states; None: monophone states.
         network: the acoustic model.
         augment: masks on the features while training.
@@ -271,6 +272,7 @@ class Job:
     arpa: Path | None = None
     alignments: Path | None = None
     flat_start: FlatStart = field(default_factory=FlatStart)
+    realign: FirstOrder | None = None
     tree: TreeOptions | None = None
     network: Network = field(default_factory=Network)
     augment: SpecAugment | None = None

@@ -13,9 +13,9 @@ from quadric.speech.tree import (
     ContextStatistics,
     TreeOptions,
     grow,
-    initial_output_rows,
     questions,
     retie,
+    untie,
 )
 from reference import tree as twin
 
@@ -139,8 +139,8 @@ def test_every_triphone_has_a_leaf_of_its_own_phone_and_state(
             assert (tying.phone_of_pdf[pdfs] == centre).all() and (tying.state_of_pdf[pdfs] == state).all()
     assert [len(np.unique(tying.table[0, ..., s])) for s in range(STATES)] == [1] * STATES
     occupied = np.bincount(np.concatenate(list(retie(alignments, mono, tying).values())), minlength=tying.num_pdfs)
-    per_root = np.bincount(initial_output_rows(mono, tying), minlength=mono.num_pdfs)
-    divided = per_root[initial_output_rows(mono, tying)] > 1
+    root = untie({"every": np.arange(tying.num_pdfs)}, mono, tying)["every"]
+    divided = np.bincount(root, minlength=mono.num_pdfs)[root] > 1
     assert (occupied[divided] >= min_frames).all()
 
 
@@ -260,15 +260,15 @@ def test_realigned_triphones_give_the_same_statistics() -> None:
     np.testing.assert_array_equal(again.sums, first.sums)
 
 
-def test_output_rows_descend_from_the_phone_and_state() -> None:
+def test_untying_undoes_retying() -> None:
     alignments, features, mono = random_corpus(6)
     tri = grow(ContextStatistics.accumulate(alignments, features, mono), TreeOptions(leaves=40, min_frames=3))
-    rows = initial_output_rows(mono, tri)
-    assert rows.shape == (tri.num_pdfs,) and np.issubdtype(rows.dtype, np.integer)
-    for id, target in retie(alignments, mono, tri).items():
-        np.testing.assert_array_equal(rows[target], alignments[id])
+    again = untie(retie(alignments, mono, tri), mono, tri)
+    assert again.keys() == alignments.keys()
+    for id, target in again.items():
+        np.testing.assert_array_equal(target, alignments[id])
     with pytest.raises(ValueError, match="mono has context=3"):
-        initial_output_rows(tri, tri)
+        untie(alignments, tri, tri)
 
 
 def test_a_grown_tying_survives_the_disk(tmp_path: Path) -> None:

@@ -201,6 +201,7 @@ def test_what_is_done_is_not_done_again(finished: Finished, one_thread: object) 
         ("adam.lr=6e-3", {"adam"}),
         ("test.corpus.seed=5", {"decoded"}),
         ("tree.min_frames=40", {"tree", "graph", "adam"}),
+        ("realign.lr=5e-3", {"realign", "realigned", "adam"}),
     ],
 )
 @pytest.mark.slow
@@ -226,6 +227,11 @@ def test_one_option_reruns_what_depends_on_it(
         outputs = json.loads((work / "job.json").read_text())["outputs"]
         tying = Tying.load(only(work, "tree-*") / "tying.npz")
         assert tying.context == 3 and outputs == tying.num_pdfs > MONO.num_pdfs
+    if option.startswith("realign"):
+        truth = read_ctm(only(work, "cache/digits-*") / "train" / "words.ctm")
+        found = load_alignments(only(work, "realigned-*") / "train.ark")
+        assert found.keys() == truth.keys()
+        assert start_errors(found, truth).mean() < 25.0  # measured: MEASURE ms
     if option.startswith("adam"):
         first = parameters(finished.work, "adam")
         assert any(not torch.equal(first[name], value) for name, value in parameters(work, "adam").items())
