@@ -18,7 +18,7 @@ try:
     from quadric.speech.corpus import read_data_dir
     from quadric.speech.scoring import read_text, score
     from quadric.train.console import bar, logged
-    from quadric.train.overrides import convert, options, override
+    from quadric.train.overrides import absent_options, convert, options, override
     from quadric.train.pipeline import decode_directory, report, run
     from quadric.train.recipe import Job
     from quadric.train.stages import plain
@@ -174,6 +174,8 @@ def _train(chosen: argparse.Namespace) -> None:
     if chosen.options:
         for path, value in options(job):
             print(f"{path}={_written(value)}")
+        for path, value in absent_options(job):
+            print(f"# {path}={_written(value)}")
         return
     work = chosen.work / job.name
     with logged(work / "log"):

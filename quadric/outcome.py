@@ -21,10 +21,5 @@ class Outcome(Enum):
     ACCEPTED = "the step was accepted"
     NO_DECREASE = "no point of the path lowers the objective: the step was rejected"
 
-    @property
-    def usable(self) -> bool:
-        """Whether the iterates found so far are worth trying."""
-        return self not in (Outcome.ZERO_RIGHT_HAND_SIDE, Outcome.NO_DECREASE)
-
     def __str__(self) -> str:
         return self.value

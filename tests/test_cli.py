@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -191,11 +192,14 @@ def test_arguments_that_a_recipe_needs(call: Call) -> None:
 def test_the_listed_options_can_be_given(call: Call) -> None:
     status, printed, _ = call("train", "digits", "adam.lr=0.5", "--options", "utterances=12", "hessian_free=none")
     assert status == 0
-    listed = dict(line.split("=", 1) for line in printed.splitlines())
+    present = [line for line in printed.splitlines() if not line.startswith("# ")]
+    absent = dict(line.removeprefix("# ").split("=", 1) for line in printed.splitlines() if line.startswith("# "))
+    assert absent["tree.leaves"] == "600" and "hessian_free.damping" in absent
+    listed = dict(line.split("=", 1) for line in present)
     assert listed["adam.lr"] == "0.5" and listed["train.corpus.utterances"] == "[12, 2, 4]"
     assert listed["hessian_free"] == "none"
     job = override(digits(utterances=12), ["adam.lr=0.5", "hessian_free=none"])
-    given = [f"{key}={value}" for key, value in listed.items() if key != "adam.optimizer"]
+    given = [f"{key}={value}" for key, value in listed.items()]
     assert dict(options(job)).keys() == listed.keys()
     assert override(digits(), given) == job
 
@@ -407,9 +411,50 @@ def test_decode_and_report(call: Call, corpus: Path, tmp_path: Path) -> None:
     (corpus / "test" / "wav" / "u02.wav").unlink()
     allowed = ("decode", system, corpus / "test", "--out", out, "--jobs", 1, "--allow-commands")
     assert "pass --drop-bad-audio" in call.refused(*allowed)
+    words = sum(len(said) for id, said in read_text(corpus / "test" / "text").items() if id != "u03")
+    edit(corpus / "test" / "text", lambda text: re.sub(r"u03 .*", "u03", text))
+    status, printed, errors = call(*allowed, "--drop-bad-audio")
+    assert status == 0 and "1 of 4 utterances have no transcript: not scored" in errors
+    assert f" / {words}, " in printed.splitlines()[0] and printed.splitlines()[0].endswith("[PARTIAL]")
+    assert printed.splitlines()[2] == "Scored 3 sentences, 1 not present in hyp."
+    assert read_text(out / "text").keys() == {"u00", "u01", "u03"}
     (corpus / "test" / "text").unlink()
     status, printed, _ = call(*allowed, "--drop-bad-audio")
     assert (status, printed) == (0, f"recognised 3 utterances: {out / 'text'}\n")
+
+
+def test_damaged_files_are_named_with_the_remedy(call: Call, corpus: Path, tmp_path: Path) -> None:
+    exp = corpus.parent / "exp" / "tones"
+    status, trained, errors = call(*train(corpus))
+    assert status == 0, errors
+    folder = (exp / "adam").resolve()
+    before = (folder / "metrics.jsonl").read_bytes()
+    remedy = f"{folder} is damaged .*: delete it, and the same `quadric train` makes it again"
+    (folder / "metrics.jsonl").unlink()
+    assert re.match(remedy, call.refused("report", exp))
+    (folder / "metrics.jsonl").write_bytes(before)
+    edit(exp / "adam" / "system" / "options.json", lambda text: text.replace('"inputs"', '"input"'))
+    refused = call.refused("decode", exp / "adam" / "system", corpus / "test", "--out", tmp_path / "out")
+    assert "the system is damaged, or of another version of quadric (unknown option 'input')" in refused
+    for name in ("alignment", "bootstrap", "flat-start", "adam"):
+        (stage,) = exp.glob(f"{name}-*")
+        for file in stage.rglob("*"):
+            if file.suffix in (".ark", ".pt"):
+                file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        if name != "alignment":  # made from what is damaged next
+            for made in exp.glob("alignment-*"):
+                shutil.rmtree(made)
+        if name == "adam":
+            for made in exp.glob("flat-start-*"):
+                shutil.rmtree(made)
+        status, _, errors = call(*train(corpus))
+        assert status == 1
+        named = re.search(r"quadric: (\S+) is damaged .*: delete it, and the same `quadric train` makes", errors)
+        assert named, errors
+        assert Path(named[1]).relative_to(exp).parts[0] == stage.name
+        shutil.rmtree(stage)
+    status, again, errors = call(*train(corpus))
+    assert (status, again) == (0, trained), errors
 
 
 def test_score(call: Call, tmp_path: Path) -> None:

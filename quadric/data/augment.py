@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -42,34 +41,6 @@ class SpecAugment:
         frequency = _masks(batch, dims, self.frequency_masks, self.frequency_width, generator)
         hidden = time.unsqueeze(2) | frequency.unsqueeze(1)
         return inputs.masked_fill(hidden.to(inputs.device), 0.0)
-
-
-@dataclass(frozen=True)
-class FeatureNoise:
-    """Adds independent Gaussian noise of standard deviation ``deviation`` to every feature."""
-
-    deviation: float
-
-    def __post_init__(self) -> None:
-        if not self.deviation >= 0:
-            raise ValueError(f"deviation is {self.deviation}; give zero (no noise) or more")
-
-    def __call__(self, inputs: Float[Tensor, "B T D"], generator: torch.Generator) -> Float[Tensor, "B T D"]:
-        """A noisy copy of ``inputs``, a function of the state of ``generator``."""
-        noise = torch.randn(inputs.shape, generator=generator, device=generator.device)
-        return inputs + self.deviation * noise.to(inputs)
-
-
-@dataclass(frozen=True)
-class Chain:
-    """Several augmentations, one after the other."""
-
-    steps: tuple[Callable[[Tensor, torch.Generator], Tensor], ...]
-
-    def __call__(self, inputs: Float[Tensor, "B T D"], generator: torch.Generator) -> Float[Tensor, "B T D"]:
-        for step in self.steps:
-            inputs = step(inputs, generator)
-        return inputs
 
 
 def _masks(batch: int, size: int, count: int, width: int, generator: torch.Generator) -> Bool[Tensor, "B size"]:

@@ -282,28 +282,6 @@ class Sweep:
     best: Trial
 
 
-def sweep(
-    decoder: Decoder,
-    log_likelihoods: Mapping[str, Scores],
-    errors: Callable[[Mapping[str, Hypothesis]], int],
-    *,
-    lm_weights: Sequence[float] = (6.0, 8.0, 10.0, 12.0),
-    word_penalties: Sequence[float] = (-1.0, 0.0, 1.0),
-    progress: Progress = silent,
-) -> Sweep:
-    """Finds the weight of the language model and the word penalty with the fewest errors.
-
-    ``errors`` counts the errors of hypotheses, on held-out utterances. The acoustic scale is
-    ``1 / lm_weight``. See :func:`search` for the search.
-    """
-
-    def errors_at(lm_weight: float, word_penalty: float) -> int:
-        found = decoder.decode(log_likelihoods, 1.0 / lm_weight, word_penalty=word_penalty, progress=progress)
-        return errors(found)
-
-    return search(errors_at, lm_weights=lm_weights, word_penalties=word_penalties)
-
-
 MAX_EXTENSIONS = 8
 """How many values a line of the search may grow beyond those it was given."""
 

@@ -31,7 +31,7 @@ from quadric.train import checkpoint
 from quadric.train.prepare import Prepared
 from quadric.train.recipe import Job
 from quadric.train.sources import Split
-from quadric.train.stages import Stages, digest
+from quadric.train.stages import Stages, digest, reading
 from quadric.train.system import Likelihoods
 from quadric.train.trainer import Plan, Trainer
 
@@ -64,7 +64,8 @@ class Aligned:
     @classmethod
     def load(cls, tying: Tying, folder: Path) -> Aligned:
         """Reads what `save` wrote."""
-        return cls(tying, load_alignments(folder / "train.ark"), load_alignments(folder / "dev.ark"))
+        with reading(folder):
+            return cls(tying, load_alignments(folder / "train.ark"), load_alignments(folder / "dev.ark"))
 
 
 def flat_start(job: Job, prepared: Prepared, stages: Stages, progress: Progress) -> Aligned:
@@ -137,7 +138,8 @@ def _first_alignments(
 
     key = digest({id: features[id] for id in transcripts})
     folder = stages.make("bootstrap", key, transcripts, prepared.lexicon, job.flat_start.gaussian, by=make)
-    return load_alignments(folder / "train.ark")
+    with reading(folder):
+        return load_alignments(folder / "train.ark")
 
 
 def _imported(path: Path, prepared: Prepared, tying: Tying) -> dict[str, Int32[np.ndarray, " T"]]:
@@ -211,7 +213,8 @@ def _fit(
     plan = Plan(epochs=epochs, gradient_frames=job.flat_start.gradient_frames, autocast=job.autocast, seed=job.seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=job.flat_start.lr)
     Trainer(model, loss, optimizer, stream, None, plan, folder).fit(progress=progress, what=what)
-    model.load_state_dict(checkpoint.load(folder / "model.pt")["model"])
+    with reading(folder):
+        model.load_state_dict(checkpoint.load(folder / "model.pt")["model"])
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import pkgutil
 import typing
 from collections.abc import Iterable
 from typing import Any, TypeVar
@@ -40,13 +41,23 @@ def override(record: Record, assignments: Iterable[str]) -> Record:
 
 def options(record: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
     """Every option of a tree of records as (dotted path, value), depth first."""
-    for field in dataclasses.fields(record):
-        value = getattr(record, field.name)
-        path = f"{prefix}{field.name}"
+    for name, value in _values(record):
+        path = f"{prefix}{name}"
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             yield from options(value, f"{path}.")
         else:
             yield path, value
+
+
+def absent_options(record: Any) -> Iterable[tuple[str, Any]]:
+    """The options, with their defaults, of the groups of ``record`` that are None: setting one brings the group in."""
+    for name, value in _values(record):
+        if value is None and (kind := _group(record, name)):
+            yield from options(kind(), f"{name}.")
+
+
+def _values(record: Any) -> Iterable[tuple[str, Any]]:
+    return ((field.name, getattr(record, field.name)) for field in dataclasses.fields(record))
 
 
 def _replace(record: Any, keys: list[str], text: str, path: str) -> Any:
@@ -58,7 +69,10 @@ def _replace(record: Any, keys: list[str], text: str, path: str) -> Any:
     if len(keys) > 1:
         inner = getattr(record, keys[0])
         if inner is None:
-            inner = _default(record, keys[0], path)
+            kind = _group(record, keys[0])
+            if kind is None:
+                raise ValueError(f"{path}: {keys[0]} is None and has no options of its own")
+            inner = kind()
         value = _replace(inner, keys[1:], text, path)
     else:
         value = convert(_hints(type(record))[keys[0]], text, path)
@@ -68,12 +82,10 @@ def _replace(record: Any, keys: list[str], text: str, path: str) -> Any:
         raise ValueError(f"{path}={text}: {error}") from error
 
 
-def _default(record: Any, name: str, path: str) -> Any:
-    """A fresh record for an option that is None, when its type is a record that needs no argument."""
-    for kind in typing.get_args(_hints(type(record))[name]):
-        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-            return kind()
-    raise ValueError(f"{path}: {name} is None and has no options of its own")
+def _group(record: Any, name: str) -> type | None:
+    """The record that an option may be besides None."""
+    kinds = typing.get_args(_hints(type(record))[name])
+    return next((kind for kind in kinds if isinstance(kind, type) and dataclasses.is_dataclass(kind)), None)
 
 
 def convert(kind: Any, text: str, path: str) -> Any:
@@ -91,6 +103,8 @@ def convert(kind: Any, text: str, path: str) -> Any:
             value = text
     if dataclasses.is_dataclass(kind):
         raise ValueError(f"{path}={text}: a group of options; set one of them, for example {path}.{_first(kind)}=value")
+    if typing.get_origin(kind) is type:
+        return _subclass(typing.get_args(kind)[0], text, path)
     adapter = TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True))
     for candidate in (value, text):
         try:
@@ -98,6 +112,19 @@ def convert(kind: Any, text: str, path: str) -> Any:
         except ValidationError as failed:
             error = failed
     raise ValueError(f"{path}={text}: {error.errors()[0]['msg']}; the option is a {_name(kind)}")
+
+
+def _subclass(base: type, text: str, path: str) -> type:
+    """The class named ``text``: with its module, or by itself where it is beside ``base``."""
+    beside = base.__module__.rpartition(".")[0]
+    for name in (text, f"{beside}.{text}"):
+        try:
+            found = pkgutil.resolve_name(name)
+        except (ValueError, ImportError, AttributeError):
+            continue
+        if isinstance(found, type) and issubclass(found, base):
+            return found
+    raise ValueError(f"{path}={text}: no such {base.__name__}; name its class, for example {beside}.SGD")
 
 
 def _first(kind: Any) -> str:

@@ -38,7 +38,7 @@ from quadric.train.prepare import Prepared, make_features, prepare
 from quadric.train.recipe import Job, Method
 from quadric.train.report import Environment, Report, Run, Sweep, write_report
 from quadric.train.sources import material
-from quadric.train.stages import Stages, alone_in, digest, plain
+from quadric.train.stages import Stages, alone_in, digest, plain, reading
 from quadric.train.system import System
 from quadric.train.trainer import Plan, Trainer
 
@@ -121,7 +121,9 @@ def _units(job: Job, prepared: Prepared, aligned: Aligned, stages: Stages, progr
             )
             grow(statistics, job.tree).save(folder / "tying.npz")
 
-        tied = Tying.load(stages.make("tree", key, job.tree, by=make_tree) / "tying.npz")
+        folder = stages.make("tree", key, job.tree, by=make_tree)
+        with reading(folder):
+            tied = Tying.load(folder / "tying.npz")
         train, dev = retie(train, tying, tied), retie(dev, tying, tied)
         tying = tied
 
@@ -157,7 +159,8 @@ def _realigned(
 def _network(job: Job, prepared: Prepared, units: Units, trained: Path) -> TDNN:
     """The network in the folder of a training, with its best parameters."""
     model = job.network.build(prepared.dimension, units.tying.num_pdfs)
-    model.load_state_dict(checkpoint.load(trained / "model.pt")["model"])
+    with reading(trained):
+        model.load_state_dict(checkpoint.load(trained / "model.pt")["model"])
     return model.eval()
 
 
@@ -224,7 +227,9 @@ def _tested(job: Job, prepared: Prepared, units: Units, folder: Path, progress: 
                 corpus = prepared.corpora[split]
                 scores = system.likelihoods(prepared.features[split], autocast=job.autocast)
                 found = system.recognise(decoder, {u.id: scores[u.id] for u in corpus}, progress=progress)
-                _write_decoded(out / split, corpus, {id: hypothesis.words for id, hypothesis in found.items()})
+                words = {id: hypothesis.words for id, hypothesis in found.items()}
+                scoring.write_text(out / split / "text", words)
+                _write_decoded(out / split, corpus, words)
         system.save(out / "system")
 
     key = (job.decoding, units.graph.parent.name, prepared.key, prepared.test_key)
@@ -297,19 +302,20 @@ def decode_directory(
     }
     out.mkdir(parents=True, exist_ok=True)
     write_ctm(out / "hyp.ctm", tokens)
-    said = Corpus(corpus.name, tuple(u for u in corpus if u.words and u.id in words))
-    if len(said) < len(words):
-        scoring.write_text(out / "text", words)
+    scoring.write_text(out / "text", words)
+    said = Corpus(corpus.name, tuple(u for u in corpus if u.words))
+    if not said:
         return (f"recognised {len(words)} utterances: {out / 'text'}",)
-    return _write_decoded(out, said, words).lines
+    if len(said) < len(corpus):
+        logger.warning("%d of %d utterances have no transcript: not scored", len(corpus) - len(said), len(corpus))
+    return _write_decoded(out, said, {id: words[id] for id in said.by_id if id in words}).lines
 
 
 def _write_decoded(out: Path, corpus: Corpus, words: Mapping[str, Sequence[str]]) -> Score:
-    """Words, aligned errors per utterance and speaker, and sclite's files."""
+    """Aligned errors per utterance and speaker, and sclite's files; what was not recognised counts as deleted."""
     speakers = {u.id: u.speaker for u in corpus}
-    score = scoring.score({u.id: u.words for u in corpus}, words, speakers=speakers)
+    score = scoring.score({u.id: u.words for u in corpus}, words, speakers=speakers, on_missing="count")
     out.mkdir(parents=True, exist_ok=True)
-    scoring.write_text(out / "text", words)
     scoring.write_text(out / "ref", {u.id: u.words for u in corpus})
     scoring.write_text(out / "utt2spk", {id: (speaker,) for id, speaker in speakers.items()})
     scoring.write_trn(out / "hyp.trn", words, speakers)
@@ -328,37 +334,48 @@ def report(work: Path) -> Path:
     """
     if not (work / "job.json").is_file():
         raise FileNotFoundError(f"work={work}: no finished job there; run quadric train first")
-    summary = json.loads((work / "job.json").read_text())
+    with reading(work / "job.json"):
+        summary = json.loads((work / "job.json").read_text())
+        environment = Environment(**summary["environment"])
     runs, sweeps = [], []
     for name in summary["runs"]:
         folder = work / name
-        best = checkpoint.load(folder / "model.pt")
-        curves = MetricsLog(folder / "metrics.jsonl").records()
-        runs.append(
-            Run(
-                name=name,
-                curves=curves,
-                scores=_scores(folder / "decoded"),
-                updates=int(str(curves[-1]["update"])),
-                seconds=float(str(curves[-1]["seconds"])),
-                parameters=sum(value.numel() for value in best["model"].values()),
-                notes=f"lowest held-out loss {best['loss']:.4f} after update {best['update']}",
-            )
-        )
-        sweep = json.loads((folder / "decoded" / "sweep.json").read_text())
-        tried = {(row.pop("lm_weight"), row.pop("word_penalty")): Errors(**row) for row in sweep["tried"]}
-        sweeps.append(Sweep(f"{name} dev", tried, tuple(sweep["chosen"].values())))
+        with reading(folder.resolve()):
+            runs.append(_run_of(name, folder))
+            sweeps.append(_sweep_of(name, folder))
     page = Report(
         title=summary["title"],
         runs=runs,
         summary=_summary(summary),
         recipe=summary["recipe"],
-        environment=Environment(**summary["environment"]),
+        environment=environment,
         sweeps=sweeps,
         alignment=summary["alignment"],
     )
     write_report(page, work / "report.html")
     return work / "report.html"
+
+
+def _run_of(name: str, folder: Path) -> Run:
+    best = checkpoint.load(folder / "model.pt")
+    curves = MetricsLog(folder / "metrics.jsonl").records()
+    if not curves:
+        raise ValueError("metrics.jsonl holds no record")
+    return Run(
+        name=name,
+        curves=curves,
+        scores=_scores(folder / "decoded"),
+        updates=int(str(curves[-1]["update"])),
+        seconds=float(str(curves[-1]["seconds"])),
+        parameters=sum(value.numel() for value in best["model"].values()),
+        notes=f"lowest held-out loss {best['loss']:.4f} after update {best['update']}",
+    )
+
+
+def _sweep_of(name: str, folder: Path) -> Sweep:
+    sweep = json.loads((folder / "decoded" / "sweep.json").read_text())
+    tried = {(row.pop("lm_weight"), row.pop("word_penalty")): Errors(**row) for row in sweep["tried"]}
+    return Sweep(f"{name} dev", tried, tuple(sweep["chosen"].values()))
 
 
 def _scores(decoded: Path) -> dict[str, Score]:
@@ -405,8 +422,8 @@ def _only(features: Mapping[str, np.ndarray], ids: Iterable[str]) -> dict[str, n
 
 def _spread(corpus: Corpus, count: int) -> Corpus:
     """``count`` evenly spaced utterances, or all."""
-    step = max(1, len(corpus) // count)
-    return Corpus(corpus.name, corpus.utterances[::step])
+    places = np.linspace(0, len(corpus) - 1, min(count, len(corpus))).round().astype(int)
+    return Corpus(corpus.name, tuple(corpus.utterances[place] for place in places))
 
 
 def _point(link: Path, folder: Path) -> None:

@@ -75,7 +75,9 @@ def prepare(job: Job, stages: Stages, progress: Progress) -> Prepared:
     cache = stages.work / "cache"
     sources = {"train": job.train, "dev": job.dev, "test": job.test}
     materials = {split: _load(sources[split], split, cache, job.jobs, progress) for split in SPLITS}
-    lexicon = Lexicon(DIGIT_LEXICON) if job.lexicon is None else read_lexicon(job.lexicon)
+    lexicon = Lexicon(DIGIT_LEXICON)
+    if job.lexicon is not None:
+        lexicon = read_lexicon(job.lexicon, strip_stress=job.strip_stress)
     materials = {split: _known(material, lexicon, job, split) for split, material in materials.items()}
     if any(material.features is not None for material in materials.values()) and job.speeds != (1.0,):
         raise ValueError(f"speeds={job.speeds}: ready-made features have one speed; set speeds=[1.0]")

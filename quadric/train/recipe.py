@@ -120,6 +120,12 @@ class FirstOrder(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check(self, lr=_POSITIVE, weight_decay=_NOT_NEGATIVE, warmup=_SHARE, floor=_SHARE)
+        try:
+            self.build([nn.Parameter(torch.zeros(1))])
+        except TypeError as error:
+            raise ValueError(
+                f"optimizer={self.optimizer.__name__}: cannot be made with lr and weight_decay ({error}); name another"
+            ) from error
 
     def build(self, params: Iterable[nn.Parameter]) -> Optimizer:
         return self.optimizer(params, lr=self.lr, weight_decay=self.weight_decay)  # type: ignore[call-arg]
@@ -235,6 +241,8 @@ class Job:
         name: of the working folder.
         train, dev, test: where each set comes from.
         lexicon: file of pronunciations; None: the English digits'.
+        strip_stress: take ``AH0`` and ``AH1`` as the phone ``AH``; false where a final digit means something else, a
+            tone for example.
         unknown_words: ``"error"``, or ``"drop"`` the utterances that hold one.
         on_bad_audio: ``"error"``, or ``"drop"`` the utterances whose audio is missing or damaged.
         fbank: filterbank features of audio.
@@ -262,6 +270,7 @@ class Job:
     dev: Source
     test: Source
     lexicon: Path | None = None
+    strip_stress: bool = True
     unknown_words: Literal["error", "drop"] = "error"
     on_bad_audio: Literal["error", "drop"] = "error"
     fbank: Fbank = field(default_factory=Fbank)

@@ -64,6 +64,22 @@ def alone_in(work: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Turns whatever goes wrong in reading what a stage has written into a sentence with the remedy.
+
+    Raises:
+        ValueError: the folder is damaged.
+    """
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, OSError, RuntimeError) as error:
+        what = f"no {error} in it" if isinstance(error, KeyError) else error
+        raise ValueError(
+            f"{folder} is damaged ({what}): delete it, and the same `quadric train` makes it again"
+        ) from error
+
+
 class Stages:
     """The stages of one working folder."""
 

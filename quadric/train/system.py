@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -155,28 +156,29 @@ class System:
 
         Raises:
             FileNotFoundError: there is no trained system in ``folder``.
+            ValueError: a file of it is damaged or missing.
         """
         if not (folder / "options.json").is_file():
             raise FileNotFoundError(
                 f"folder={folder}: no trained system there; it is a folder named 'system' under the working folder"
             )
-        options: dict[str, Any] = {
-            name: TypeAdapter(kind).validate_python(value)
-            for name, value in json.loads((folder / "options.json").read_text()).items()
-            if (kind := _OPTIONS[name])
-        }
-        tying = Tying.load(folder / "tying.npz")
-        model = options["network"].build(options["inputs"], tying.num_pdfs)
-        state = checkpoint.load(folder / "model.pt")
-        model.load_state_dict(state["model"])
-        return cls(
-            model=model.eval(),
-            log_prior=state["log_prior"].numpy(),
-            tying=tying,
-            lexicon=read_lexicon(folder / "lexicon.txt", strip_stress=False),
-            graph=folder / "graph.fst",
-            **options,
-        )
+        with _whole(folder):
+            written = json.loads((folder / "options.json").read_text())
+            options: dict[str, Any] = {
+                name: TypeAdapter(_OPTIONS[name]).validate_python(value) for name, value in written.items()
+            }
+            tying = Tying.load(folder / "tying.npz")
+            model = options["network"].build(options["inputs"], tying.num_pdfs)
+            state = checkpoint.load(folder / "model.pt")
+            model.load_state_dict(state["model"])
+            return cls(
+                model=model.eval(),
+                log_prior=state["log_prior"].numpy(),
+                tying=tying,
+                lexicon=read_lexicon(folder / "lexicon.txt", strip_stress=False),
+                graph=folder / "graph.fst",
+                **options,
+            )
 
     def tuned(self, lm_weight: float, word_penalty: float) -> System:
         """The same system with decoding weights chosen."""
@@ -191,3 +193,15 @@ _OPTIONS: dict[str, type] = {
     "lm_weight": float,
     "word_penalty": float,
 }
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, OSError, RuntimeError) as error:
+        what = f"unknown option {error}" if isinstance(error, KeyError) else error
+        raise ValueError(
+            f"folder={folder}: the system is damaged, or of another version of quadric ({what}): copy it again, or "
+            "delete its folder and run the same `quadric train` again"
+        ) from error

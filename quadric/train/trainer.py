@@ -29,6 +29,7 @@ from quadric.optim.second_order import SecondOrder
 from quadric.progress import Progress, silent
 from quadric.train import checkpoint
 from quadric.train.metrics import MetricsLog
+from quadric.train.stages import reading
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +153,7 @@ class Trainer:
         if (self.folder / "state.pt").exists():
             self._load()
             if self.update >= self.updates:
-                return checkpoint.load(self.folder / "model.pt")
+                return self._best()
             logger.info("going on from update %d of %d in %s", self.update, self.updates, self.folder)
         else:
             self._metrics.truncate_after(-1)
@@ -176,7 +177,11 @@ class Trainer:
                         "the same command goes on from there"
                     )
         self._save()
-        return checkpoint.load(self.folder / "model.pt")
+        return self._best()
+
+    def _best(self) -> Mapping[str, Any]:
+        with reading(self.folder):
+            return checkpoint.load(self.folder / "model.pt")
 
     def _step(self) -> dict[str, Any]:
         start = time.monotonic()
@@ -221,6 +226,7 @@ class Trainer:
         if scores["loss"] < self.best:
             self.best = scores["loss"]
             self._keep(scores)
+        logger.info("update %d of %d: held-out %s", self.update, self.updates, _listed(scores))
         return {f"dev_{name}": value for name, value in scores.items()}
 
     def _keep(self, scores: Mapping[str, float]) -> None:
@@ -245,7 +251,11 @@ class Trainer:
         checkpoint.save(state, self.folder / "state.pt")
 
     def _load(self) -> None:
-        state = checkpoint.load(self.folder / "state.pt")
+        with reading(self.folder):
+            self._take(checkpoint.load(self.folder / "state.pt"))
+            self._metrics.truncate_after(self.update)
+
+    def _take(self, state: Mapping[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None:
@@ -253,7 +263,10 @@ class Trainer:
         self.stream.load_state_dict(state["stream"])
         self.update, self.seconds, self.best = state["update"], state["seconds"], state["best"]
         self._objectives = state["objectives"]
-        self._metrics.truncate_after(self.update)
+
+
+def _listed(scores: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
 
 
 @contextmanager

@@ -23,7 +23,6 @@ from quadric.speech.decoding import (
     Hypothesis,
     Trial,
     search,
-    sweep,
 )
 from quadric.speech.graph import AlignmentGraphs, decoding_graph, read_graph, write_graph
 from quadric.speech.language_model import NGram
@@ -245,11 +244,15 @@ def test_processes_load_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_sweep_finds_weights_that_recognise(mono: Task) -> None:
+def test_the_search_finds_weights_that_recognise(mono: Task) -> None:
     """From a weight of the language model that is far too high."""
     with mono.decoder() as decoder:
-        start = mono.errors(decoder.decode(mono.noisy, 1 / 30.0))
-        result = sweep(decoder, mono.noisy, mono.errors, lm_weights=(20.0, 30.0), word_penalties=(0.0, 1.0))
+
+        def errors_at(lm_weight: float, word_penalty: float) -> int:
+            return mono.errors(decoder.decode(mono.noisy, 1.0 / lm_weight, word_penalty=word_penalty))
+
+        start = errors_at(30.0, 0.0)
+        result = search(errors_at, lm_weights=(20.0, 30.0), word_penalties=(0.0, 1.0))
         best = decoder.decode(mono.noisy, 1.0 / result.best.lm_weight, word_penalty=result.best.word_penalty)
     assert result.best.errors == mono.errors(best) < start
     assert result.best.lm_weight < 20.0

@@ -9,7 +9,7 @@ from typing import Literal
 import pytest
 import torch
 
-from quadric.train.overrides import convert, options, override
+from quadric.train.overrides import absent_options, convert, options, override
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +60,8 @@ def test_an_absent_group_comes_to_life_and_goes() -> None:
         ("inner.depth=-1", "depth=-1: must not be negative"),
         ("inner=3", "a group of options.*inner.depth=value"),
         ("name.first=3", "name.first"),
+        ("optimizer=Sgd", "no such Optimizer; name its class, for example torch.optim.SGD"),
+        ("optimizer=torch.nn.Linear", "no such Optimizer"),
     ],
 )
 def test_errors_name_the_option_and_the_remedy(assignment: str, message: str) -> None:
@@ -67,7 +69,14 @@ def test_errors_name_the_option_and_the_remedy(assignment: str, message: str) ->
         override(Outer(), [assignment])
 
 
+@pytest.mark.parametrize("name", ["SGD", "torch.optim.SGD", "torch.optim.sgd.SGD"])
+def test_a_class_is_known_by_its_name(name: str) -> None:
+    assert override(Outer(), [f"optimizer={name}"]).optimizer is torch.optim.SGD
+
+
 def test_options_lists_the_leaves() -> None:
+    assert list(absent_options(Outer())) == [("maybe.depth", 1)]
+    assert not list(absent_options(Outer(maybe=Inner())))
     listed = dict(options(Outer()))
     assert listed["inner.depth"] == 1
     assert listed["maybe"] is None
