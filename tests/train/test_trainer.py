@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,24 +44,55 @@ METHODS = {
 }
 
 
-def _stream(seed: int, utterances: int, transform: SpecAugment | None = None) -> FrameStream:
+def _stream(seed: int, utterances: int, transform: SpecAugment | None = None, chunk: int | None = 20) -> FrameStream:
     """Frames whose class is written in them, under noise."""
     rng = np.random.default_rng(seed)
     targets = {f"u{i}": rng.integers(0, CLASSES, 40) for i in range(utterances)}
     noise = {id: rng.normal(size=(40, CLASSES)).astype(np.float32) for id in targets}
     features = {id: noise[id] + 2 * np.eye(CLASSES, dtype=np.float32)[target] for id, target in targets.items()}
-    return FrameStream(features, targets, context=(2, 2), chunk=20, micro_frames=60, seed=1, transform=transform)
+    return FrameStream(features, targets, context=(2, 2), chunk=chunk, micro_frames=60, seed=1, transform=transform)
+
+
+def _model(dropout: float) -> TDNN:
+    return TDNN(CLASSES, CLASSES, [16, 16], offsets=[(-1, 0, 1), (-1, 1)], dropout=dropout)
 
 
 def _trainer(folder: Path, method: str) -> Trainer:
     torch.manual_seed(7)
-    model = TDNN(CLASSES, CLASSES, [16, 16], offsets=[(-1, 0, 1), (-1, 1)], dropout=0.2)
+    model = _model(dropout=0.2)
     build, plan = METHODS[method]
     schedule: Callable[[Optimizer, int], LambdaLR] = lambda o, n: LambdaLR(o, lambda u: 1 - 0.5 * u / n)  # noqa: E731
     transform = SpecAugment(1, 3, 1, 1)
     return Trainer(
         model, CrossEntropy(), build(model), _stream(0, 30, transform), _stream(1, 5), plan, folder, schedule=schedule
     )
+
+
+class _Looking(Optimizer):
+    """Changes nothing; keeps the value and a curvature product of every update, all at one point."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model.parameters(), {})
+        self.values: list[float] = []
+        self.products: list[float] = []
+
+    def step(self, closure: Any = None) -> float:  # type: ignore[override]
+        theta = closure.space.point()
+        self.values.append(closure.value(theta))
+        self.products.append(float((closure.gauss_newton(theta) @ theta).norm()))
+        return self.values[-1]
+
+
+def _looked(folder: Path, utterances: int, dropout: float, seed: int = 3) -> _Looking:
+    """Four updates whose gradient sees all utterances, and whose curvature a third of them or the only one."""
+    torch.manual_seed(7)
+    model = _model(dropout)
+    optimizer, stream = _Looking(model), _stream(0, utterances, chunk=None)
+    frames = stream.total_frames
+    plan = Plan(epochs=4, gradient_frames=frames, curvature_frames=math.ceil(frames / 3), seed=seed)
+    Trainer(model, CrossEntropy(), optimizer, stream, None, plan, folder).fit()
+    assert len(optimizer.values) == 4
+    return optimizer
 
 
 def _interrupting_at(update: int) -> Callable[..., Iterable[int]]:
@@ -93,6 +125,18 @@ def test_training_learns_and_keeps_the_best(tmp_path: Path, method: str) -> None
     assert evaluate(trainer.model, trainer.loss, trainer.held_out)["loss"] == pytest.approx(best["loss"])
 
 
+def test_dropout_draws_anew_in_every_update(tmp_path: Path) -> None:
+    values = [_looked(tmp_path / f"seed-{seed}", 1, dropout=0.2, seed=seed).values for seed in (0, 1)]
+    assert len(set(values[0] + values[1])) == 8
+    assert _looked(tmp_path / "again", 1, dropout=0.2, seed=0).values == values[0]
+    assert len(set(_looked(tmp_path / "without", 1, dropout=0.0).values)) == 1
+
+
+def test_curvature_sees_other_data_in_every_update(tmp_path: Path) -> None:
+    assert len(set(_looked(tmp_path / "a third", 30, dropout=0.0).products)) == 4
+    assert len(set(_looked(tmp_path / "the only one", 1, dropout=0.0).products)) == 1
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_resume_equals_no_interruption(tmp_path: Path, method: str) -> None:
     straight = _trainer(tmp_path / "straight", method)
@@ -113,25 +157,51 @@ def test_resume_equals_no_interruption(tmp_path: Path, method: str) -> None:
     assert all(torch.equal(models[0]["model"][key], value) for key, value in models[1]["model"].items())
 
 
-def test_a_killed_process_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
-    program = (
-        "import sys; from pathlib import Path; import quadric.train.trainer as t; t.CHECKPOINT_SECONDS = 0.0\n"
-        "sys.path.insert(0, sys.argv[2]); from train.test_trainer import _trainer\n"
-        "_trainer(Path(sys.argv[1]), 'adam').fit()\n"
-    )
-    tests = str(Path(__file__).parents[1])
-    process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "killed"), tests])
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "killed" / "state.pt").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    resumed = _trainer(tmp_path / "killed", "adam")
+KILLED = """
+import math, sys, time
+from pathlib import Path
+
+import quadric.train.trainer
+
+sys.path.insert(0, sys.argv[1])
+from train.test_trainer import _trainer
+
+def hanging(items, *, total, what):
+    quadric.train.trainer.CHECKPOINT_SECONDS = 0.0
+    for item in items:
+        if item == 3:
+            quadric.train.trainer.CHECKPOINT_SECONDS = math.inf
+        if item == total // 2:
+            print("hanging", flush=True)
+            time.sleep(600)
+        yield item
+
+_trainer(Path(sys.argv[2]), sys.argv[3]).fit(progress=hanging)
+"""
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_killed_process_goes_on_from_its_checkpoint(tmp_path: Path, method: str) -> None:
+    """It is killed in the middle, some updates behind its last checkpoint."""
+    tests, killed = Path(__file__).parents[1], tmp_path / "killed"
+    environment = {**os.environ, "PYTHONPATH": str(tests.parent)}
+    command = [sys.executable, "-c", KILLED, str(tests), str(killed), method]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "hanging\n"
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    resumed = _trainer(killed, method)
+    logged = MetricsLog(killed / "metrics.jsonl").records()[-1]["update"]
+    assert checkpoint.load(killed / "state.pt")["update"] == 3 < logged < resumed.updates
     resumed.fit()
-    straight = _trainer(tmp_path / "straight", "adam")
+    assert resumed.update == resumed.updates
+    straight = _trainer(tmp_path / "straight", method)
     straight.fit()
     for a, b in zip(straight.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(a, b)
+    records = [MetricsLog(folder / "metrics.jsonl").records() for folder in (tmp_path / "straight", killed)]
+    assert _without_time(records[0]) == _without_time(records[1])
 
 
 def test_a_finished_training_is_not_repeated(tmp_path: Path) -> None:
