@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from cases import draw, padded_classes
-from quadric.linalg.krylov import ConjugateGradient, Residual
+from quadric.linalg.krylov import ConjugateGradient, Path, Residual
 from quadric.linalg.operator import Identity
 from quadric.loss.loss import CrossEntropy, Loss, SquaredError
 from quadric.objective.objective import Objective
 from quadric.optim.damping import Damping, Fixed, LevenbergMarquardt
-from quadric.optim.descent import NewtonCG
-from quadric.optim.search import Backtracking
+from quadric.optim.descent import LocalModel, NewtonCG
+from quadric.optim.search import Backtracking, Search, Step, Value
 from quadric.optim.second_order import Diagnosis, SecondOrder, hessian_free
 from quadric.outcome import Outcome
 from quadric.space import ParameterSpace
@@ -131,6 +132,41 @@ def test_the_proposal_warm_starts_the_next_solve() -> None:
         assert torch.equal(proposal, path.last.x)
     cold = solver.solve(A, -objective.value_and_grad(theta)[1])
     assert not torch.allclose(cold.last.x, proposal)
+
+
+@dataclass(frozen=True)
+class Taking(Search):
+    """One point of the path, scaled, whatever it leads to."""
+
+    point: int
+    scale: float
+
+    def select(self, local: LocalModel, path: Path, value: Value) -> Step:
+        direction = self.scale * path.points[self.point].x
+        return Step(direction, value(local.theta + direction), path.points[self.point].model, self.point, self.scale)
+
+
+@pytest.mark.parametrize(
+    ("taken", "scale", "kept"), [(0, 1.0, True), (-1, 1.0, True), (0, 0.5, False), (-1, 0.5, False)]
+)
+def test_the_last_iterate_is_kept_unless_the_step_was_shortened(taken: int, scale: float, kept: bool) -> None:
+    model = nn.Linear(6, 1).double()
+    objective = Objective(model, SquaredError(), [(draw(50, 6), draw(50, 1, seed=1))])
+    theta, solver = point(model), ConjugateGradient(4, Residual(1e-12))
+    A = objective.gauss_newton(theta) + 0.1 * Identity(7)
+    path = solver.solve(A, -objective.value_and_grad(theta)[1])
+    descent = NewtonCG(solver, momentum=0.0)
+    optimiser = SecondOrder(model.parameters(), descent=descent, search=Taking(taken, scale), damping=Fixed(0.1))
+    for parameter in model.parameters():
+        optimiser.state[parameter]["proposal"] = torch.ones_like(parameter)
+    optimiser.step(objective)
+    torch.testing.assert_close(point(model), theta + scale * path.points[taken].x)
+    assert not torch.allclose(path.points[0].x, path.last.x)
+    state = [optimiser.state[p] for p in model.parameters()]
+    if kept:
+        assert torch.equal(torch.cat([s["proposal"].reshape(-1) for s in state]), path.last.x)
+    else:
+        assert not any(state)
 
 
 def test_a_rejected_step_leaves_the_parameters_and_raises_the_damping() -> None:
