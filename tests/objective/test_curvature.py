@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -37,6 +39,17 @@ class Tied(nn.Module):
         return self.out(torch.tanh(self.second(torch.tanh(self.first(x)))))
 
 
+class Recurrent(nn.Module):
+    """The outputs of a recurrent layer of torch at every frame, without its state."""
+
+    def __init__(self, layer: type[nn.RNN | nn.GRU | nn.LSTM], **options: Any) -> None:
+        super().__init__()
+        self.layer = layer(3, 4, batch_first=True, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)[0]
+
+
 NETS = {
     "linear": lambda: nn.Linear(3, 4),
     "tanh": lambda: nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4)),
@@ -44,6 +57,9 @@ NETS = {
     "layer norm": lambda: nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.ReLU(), nn.Linear(5, 4)),
     "convolution": lambda: nn.Sequential(OverTime(3, 4), nn.Tanh(), OverTime(4, 4)),
     "tied": Tied,
+    "rnn": lambda: Recurrent(nn.RNN),
+    "gru": lambda: Recurrent(nn.GRU),
+    "lstm": lambda: Recurrent(nn.LSTM),
 }
 
 
