@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 
+from quadric.data.batch import pad_context
 from quadric.progress import silent
 from quadric.recipes import digits, speechocean
 from quadric.speech.alignment import load_alignments, save_alignments
@@ -146,7 +147,7 @@ def test_every_method_and_split_has_its_line(finished: Finished) -> None:
         ("hessian_free", "test"),
     ]
     rates = [float(line.split()[1]) for line in finished.lines]
-    assert max(rates) < 20.0  # measured: 0 to 3 percent, of 35 words each
+    assert max(rates) < 6.0  # measured: none of 35 and 38 words is wrong; two may be by accident, three are 8 percent
 
 
 def test_the_report_is_one_page_that_needs_nothing_else(finished: Finished) -> None:
@@ -409,6 +410,19 @@ def test_a_system_is_the_same_after_save_and_load(finished: Finished, tmp_path: 
         System.load(finished.work)
     with pytest.raises(ValueError, match=r"lm_weight=0\.0 must be positive"):
         first.tuned(0.0, 0.0)
+
+
+def test_a_system_divides_by_the_prior_of_its_alignments(finished: Finished) -> None:
+    system = System.load(finished.work / "adam" / "system")
+    pdfs = np.concatenate(list(load_alignments(only(finished.work, "alignment-*") / "train.ark").values()))
+    log_prior = np.log(np.bincount(pdfs, minlength=MONO.num_pdfs) / len(pdfs))
+    np.testing.assert_allclose(system.log_prior, log_prior, atol=1e-3)
+    assert np.ptp(log_prior) > 1.0
+    x = np.random.default_rng(0).normal(size=(20, system.inputs)).astype(np.float32)
+    window = torch.from_numpy(pad_context(x, system.model.left_context, system.model.right_context))
+    with torch.no_grad():
+        log_posterior = torch.log_softmax(system.model(window[None])[0], -1).numpy()
+    np.testing.assert_allclose(system.likelihoods({"u": x})["u"], log_posterior - log_prior, atol=2e-3)
 
 
 def test_a_directory_is_decoded_as_the_job_did(finished: Finished, tmp_path: Path) -> None:
