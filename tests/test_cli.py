@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -347,35 +347,18 @@ def test_no_permission_to_write(corpus: Path, tmp_path: Path) -> None:
     assert f"quadric: cannot write to {tmp_path / 'exp' / 'tones'}: " in done.stderr
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of four megabytes."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    try:
-        command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)]
-        mounted = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("there is no mount command")
-    if mounted.returncode != 0:
-        pytest.skip(f"mounting is not permitted here: {mounted.stderr.strip()}")
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", str(place)], check=True)
-
-
 @pytest.mark.slow
-def test_a_full_disk(call: Call, corpus: Path, small_disk: Path) -> None:
-    arguments = [small_disk if argument == corpus.parent / "exp" else argument for argument in train(corpus)]
+def test_a_full_disk(call: Call, corpus: Path, small_disk: Callable[[str], Path]) -> None:
+    disk = small_disk("4m")
+    arguments = [disk if argument == corpus.parent / "exp" else argument for argument in train(corpus)]
     full = set()
     for room in range(400_000, 4_000_000, 500_000):  # a person frees some space, and tries again
-        (small_disk / "ballast").write_bytes(bytes(2**22 - 8192 - room))
+        (disk / "ballast").write_bytes(bytes(2**22 - 8192 - room))
         status, printed, errors = call(*arguments)
-        (small_disk / "ballast").unlink()
+        (disk / "ballast").unlink()
         if status == 0:
             break
-        found = re.search(rf"quadric: cannot write to {small_disk}/tones/(\S+): the disk is full: free some", errors)
+        found = re.search(rf"quadric: cannot write to {disk}/tones/(\S+): the disk is full: free some", errors)
         assert status == 1 and found, errors
         full.add(re.split("[-/]", found[1])[0])
     assert full >= {"cache", "flat", "adam"}  # while caching features, aligning and training

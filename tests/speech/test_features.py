@@ -10,8 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -261,14 +260,6 @@ if __name__ == "__main__":
 """
 
 
-def gone(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
-    except FileNotFoundError:
-        return True
-
-
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 @pytest.mark.parametrize(
     ("item", "sync"),
@@ -276,7 +267,14 @@ def gone(process: int) -> bool:
     ids=["computing the third shard", "writing its archive", "writing its table"],
 )
 def test_an_extraction_that_is_killed_goes_on(
-    folder: Path, corpus: Corpus, truth: dict[str, np.ndarray], tmp_path: Path, number: int, item: int, sync: int
+    folder: Path,
+    corpus: Corpus,
+    truth: dict[str, np.ndarray],
+    tmp_path: Path,
+    alive: Callable[..., set[int]],
+    number: int,
+    item: int,
+    sync: int,
 ) -> None:
     (tmp_path / "extract.py").write_text(SCRIPT)
     command = [sys.executable, str(tmp_path / "extract.py"), str(folder), str(tmp_path / "cache"), str(item), str(sync)]
@@ -289,10 +287,7 @@ def test_an_extraction_that_is_killed_goes_on(
         process.send_signal(number)
         process.wait()
     assert len(children) == 2
-    deadline = time.monotonic() + 10
-    while not all(map(gone, children)) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert all(map(gone, children)), "the extraction's processes outlive it"
+    assert not alive(children, patience=10.0), "the extraction's processes outlive it"
     (cache,) = (tmp_path / "cache").iterdir()
     assert sorted(path.name for path in cache.glob("*.scp")) == ["feats.00000.scp", "feats.00001.scp"]
     assert (number == signal.SIGKILL and sync > 0) == any(path.suffix == ".tmp" for path in cache.iterdir())
@@ -320,25 +315,10 @@ def test_half_written_files_are_never_read(corpus: Corpus, truth: dict[str, np.n
 # --- a cache that cannot be written
 
 
-@pytest.fixture
-def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 KiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    try:
-        command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)]
-        mounted = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("there is no mount command")
-    if mounted.returncode != 0:
-        pytest.skip(f"mounting is not permitted here: {mounted.stderr.strip()}")
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", str(place)], check=True)
-
-
-def test_a_full_disk_keeps_what_is_whole(corpus: Corpus, truth: dict[str, np.ndarray], tiny_disk: Path) -> None:
+def test_a_full_disk_keeps_what_is_whole(
+    corpus: Corpus, truth: dict[str, np.ndarray], small_disk: Callable[[str], Path]
+) -> None:
+    tiny_disk = small_disk("64k")
     with pytest.raises(OSError, match=rf"cannot write to {tiny_disk}.*the disk is full: free some space") as error:
         extract(corpus, FBANK, tiny_disk, jobs=1, shard=SHARD)
     assert error.value.errno == errno.ENOSPC

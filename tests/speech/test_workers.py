@@ -4,8 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -44,16 +43,8 @@ if __name__ == "__main__":
 """
 
 
-def gone(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
-    except FileNotFoundError:
-        return True
-
-
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_no_process_outlives_its_parent(tmp_path: Path, number: int) -> None:
+def test_no_process_outlives_its_parent(tmp_path: Path, alive: Callable[..., set[int]], number: int) -> None:
     (tmp_path / "work.py").write_text(SCRIPT)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
@@ -63,13 +54,10 @@ def test_no_process_outlives_its_parent(tmp_path: Path, number: int) -> None:
         assert process.stdout is not None
         children = [int(child) for child in process.stdout.readline().split()]
         assert len(children) >= 3  # a decoder starts its processes as it needs them
-        assert not any(map(gone, children))
+        assert alive(children) == set(children)
         process.send_signal(number)
         process.wait()
-    deadline = time.monotonic() + 10
-    while not all(map(gone, children)) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert all(map(gone, children))
+    assert not alive(children, patience=10.0)
 
 
 def test_results_come_in_order_and_tasks_are_drawn_as_needed() -> None:
