@@ -5,6 +5,7 @@ A record's fields are its options; their docstrings are the manual.
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
@@ -121,7 +122,7 @@ class FirstOrder(Method):
         super().__post_init__()
         _check(self, lr=_POSITIVE, weight_decay=_NOT_NEGATIVE, warmup=_SHARE, floor=_SHARE)
         try:
-            self.build([nn.Parameter(torch.zeros(1))])
+            inspect.signature(self.optimizer).bind([], lr=self.lr, weight_decay=self.weight_decay)
         except TypeError as error:
             raise ValueError(
                 f"optimizer={self.optimizer.__name__}: cannot be made with lr and weight_decay ({error}); name another"

@@ -22,6 +22,7 @@ from quadric.train.overrides import override
         "adam.epochs=Infinity",
         "adam.lr=-1",
         "adam.warmup=-1",
+        "adam.optimizer=LBFGS",
         "flat_start.warm=0",
         "flat_start.rounds=-1",
         "flat_start.scale=[0,0]",
