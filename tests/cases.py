@@ -14,9 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from quadric.lattice.automaton import Automaton
-from quadric.linalg import krylov
-from quadric.linalg.krylov import ConjugateGradient, Truncation
+from quadric.linalg import truncation
+from quadric.linalg.krylov import ConjugateGradient
 from quadric.linalg.operator import Diagonal, Identity, LinearOperator, Matrix, Scaled, Sum
+from quadric.linalg.pairs import LastPairs, PairSelection, SpreadPairs
+from quadric.linalg.solver import KrylovSolver
+from quadric.linalg.truncation import Truncation
 from quadric.loss.full_sum import FullSum, FullSumTarget
 from quadric.loss.loss import CrossEntropy, Loss, SquaredError
 from quadric.objective.curvature import GaussNewton
@@ -77,6 +80,24 @@ OPERATORS: dict[type[LinearOperator], OperatorCase] = {
 }
 
 
+# Solvers: a factory of the steps and the rule; and what they are assembled from.
+
+SolverCase = Callable[..., KrylovSolver]
+
+SOLVERS: dict[type[KrylovSolver], SolverCase] = {
+    ConjugateGradient: ConjugateGradient,
+}
+PAIR_SELECTIONS: dict[type[PairSelection], Callable[[int], PairSelection]] = {
+    LastPairs: LastPairs,
+    SpreadPairs: SpreadPairs,
+}
+TRUNCATIONS: dict[type[Truncation], Callable[[], Truncation]] = {
+    truncation.RelativeProgress: truncation.RelativeProgress,
+    truncation.Residual: truncation.Residual,
+    truncation.FixedIterations: truncation.FixedIterations,
+}
+
+
 # Losses: the loss, an output, a target, and which frames [B, T] count.
 
 
@@ -120,14 +141,10 @@ DAMPINGS: dict[type[Damping], Callable[[], Damping]] = {
 }
 SEARCHES: dict[type[Search], Callable[[], Search]] = {Backtracking: Backtracking}
 DESCENTS: dict[type[Descent], Callable[[], Descent]] = {NewtonCG: NewtonCG}
-TRUNCATIONS: dict[type[Truncation], Callable[[], Truncation]] = {
-    krylov.RelativeProgress: krylov.RelativeProgress,
-    krylov.Residual: krylov.Residual,
-}
 
 
 def _undamped(params: Iterable[Any]) -> SecondOrder:
-    descent = NewtonCG(ConjugateGradient(30, krylov.Residual(1e-4)), momentum=0.0)
+    descent = NewtonCG(ConjugateGradient(30, truncation.Residual(1e-4)), momentum=0.0)
     return SecondOrder(params, descent=descent, search=Backtracking(), damping=Fixed(1e-3))
 
 

@@ -14,8 +14,10 @@ import torch
 
 import cases
 import quadric
-from quadric.linalg.krylov import Truncation
 from quadric.linalg.operator import LinearOperator
+from quadric.linalg.pairs import PairSelection
+from quadric.linalg.solver import KrylovSolver
+from quadric.linalg.truncation import Truncation
 from quadric.loss.loss import Loss
 from quadric.optim.damping import Damping
 from quadric.optim.descent import Descent
@@ -23,6 +25,8 @@ from quadric.optim.search import Search
 
 TABLES = {
     LinearOperator: cases.OPERATORS,
+    KrylovSolver: cases.SOLVERS,
+    PairSelection: cases.PAIR_SELECTIONS,
     Loss: cases.LOSSES,
     Damping: cases.DAMPINGS,
     Search: cases.SEARCHES,

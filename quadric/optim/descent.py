@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from jaxtyping import Float
 from torch import Tensor
 
-from quadric.linalg.krylov import ConjugateGradient, Path
+from quadric.linalg.krylov import ConjugateGradient
 from quadric.linalg.operator import Identity, LinearOperator
+from quadric.linalg.solver import Path
 
 
 @dataclass(frozen=True)

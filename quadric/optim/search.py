@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from quadric.linalg.krylov import Path, dot
+from quadric.linalg.solver import Path
+from quadric.linalg.vector import dot
 from quadric.optim.descent import LocalModel
 
 Value = Callable[[Float[Tensor, " n"]], float]

@@ -15,7 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from quadric.linalg.krylov import ConjugateGradient, Path, RelativeProgress, dot
+from quadric.linalg.krylov import ConjugateGradient
+from quadric.linalg.solver import Path
+from quadric.linalg.truncation import RelativeProgress
+from quadric.linalg.vector import dot
 from quadric.objective.objective import Objective
 from quadric.optim.damping import Damping, LevenbergMarquardt
 from quadric.optim.descent import Descent, LocalModel, NewtonCG

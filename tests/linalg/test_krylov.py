@@ -8,8 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quadric.linalg.krylov import ConjugateGradient, Iterate, RelativeProgress, Residual, dot
+from quadric.linalg.krylov import ConjugateGradient
 from quadric.linalg.operator import Diagonal, Identity, LinearOperator, Matrix
+from quadric.linalg.solver import Iterate
+from quadric.linalg.truncation import RelativeProgress, Residual
+from quadric.linalg.vector import dot
 from quadric.outcome import Outcome
 from reference import dense
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from quadric.linalg.krylov import Iterate, Path
 from quadric.linalg.operator import Identity
+from quadric.linalg.solver import Iterate, Path
 from quadric.optim.descent import LocalModel
 from quadric.optim.search import Backtracking
 from quadric.outcome import Outcome

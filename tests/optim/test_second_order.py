@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from cases import draw, padded_classes
-from quadric.linalg.krylov import ConjugateGradient, Path, Residual
+from quadric.linalg.krylov import ConjugateGradient
 from quadric.linalg.operator import Identity
+from quadric.linalg.solver import Path
+from quadric.linalg.truncation import Residual
 from quadric.loss.loss import CrossEntropy, Loss, SquaredError
 from quadric.objective.objective import Objective
 from quadric.optim.damping import Damping, Fixed, LevenbergMarquardt

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +48,39 @@ def gauss_newton(model: nn.Module, loss: Loss, data: Sequence[tuple[Tensor, Any]
 def solve(A: Tensor, b: Tensor) -> Tensor:
     """The solution of A x = b by a factorisation."""
     return torch.linalg.solve(A, b)
+
+
+def bfgs_inverse(H: Tensor, pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """The BFGS update of the inverse, equation 6.17 of Nocedal and Wright (2006), pair by pair."""
+    for s, y in pairs:
+        V = torch.eye(len(s), dtype=s.dtype) - torch.outer(y, s) / (y @ s)
+        H = V.T @ H @ V + torch.outer(s, s) / (y @ s)
+    return H
+
+
+def krylov_basis(A: Tensor, r: Tensor, M: Tensor, k: int) -> Tensor:
+    """Columns that span K_k(MA, M r), each made orthonormal to those before it in the inner product of M^-1."""
+    basis: list[Tensor] = []
+    v, metric = M @ r, torch.linalg.inv(M)
+    for _ in range(k):
+        for _ in range(2):
+            for u in basis:
+                v = v - (u @ metric @ v) * u
+        basis.append(v / (v @ metric @ v).sqrt())
+        v = M @ (A @ basis[-1])
+    return torch.stack(basis, dim=1)
+
+
+def least_model(A: Tensor, b: Tensor, x0: Tensor, basis: Tensor) -> Tensor:
+    """The minimiser of 1/2 x'Ax - b'x over x0 + span(basis), by normal equations in the span."""
+    basis, _ = torch.linalg.qr(basis)
+    return x0 + basis @ torch.linalg.solve(basis.T @ A @ basis, basis.T @ (b - A @ x0))
+
+
+def least_residual(A: Tensor, b: Tensor, x0: Tensor, basis: Tensor, M: Tensor) -> Tensor:
+    """The minimiser of r'Mr, r = b - A x, over x0 + span(basis), by least squares."""
+    L = torch.linalg.cholesky(M).T
+    return x0 + basis @ torch.linalg.lstsq(L @ A @ basis, L @ (b - A @ x0)).solution
 
 
 def random_spd(n: int, *, condition: float = 100.0, seed: int = 0) -> Tensor:
