@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from quadric.lattice.automaton import Automaton
 from quadric.linalg import truncation
 from quadric.linalg.krylov import ConjugateGradient
+from quadric.linalg.lbfgs import LBFGSInverse
 from quadric.linalg.operator import Diagonal, Identity, LinearOperator, Matrix, Scaled, Sum
-from quadric.linalg.pairs import LastPairs, PairSelection, SpreadPairs
+from quadric.linalg.pairs import LastPairs, Pair, PairSelection, SpreadPairs
 from quadric.linalg.solver import KrylovSolver
 from quadric.linalg.truncation import Truncation
 from quadric.loss.full_sum import FullSum, FullSumTarget
@@ -63,6 +64,18 @@ def _sum() -> tuple[LinearOperator, Tensor]:
     return Sum(Matrix(left), Matrix(right)), left + right
 
 
+def curvature_pairs(A: Tensor, count: int, seed: int = 0) -> list[Pair]:
+    """Pairs (s, A s) along random directions."""
+    directions = draw(count, len(A), seed=seed)
+    return [Pair(step, s, A @ s) for step, s in enumerate(directions, start=1)]
+
+
+def _lbfgs() -> tuple[LinearOperator, Tensor]:
+    pairs = curvature_pairs(dense.random_spd(5), 3)
+    H0 = torch.diag(draw(5).abs() + 0.1)
+    return LBFGSInverse(pairs, 5, H0=Matrix(H0)), dense.bfgs_inverse(H0, [(p.s, p.y) for p in pairs])
+
+
 def _gauss_newton() -> tuple[LinearOperator, Tensor]:
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
     loss, data = CrossEntropy(), [(draw(2, 4, 3), padded_classes(4, 3, [4, 2])), (draw(5, 3), torch.arange(5) % 3)]
@@ -76,6 +89,7 @@ OPERATORS: dict[type[LinearOperator], OperatorCase] = {
     Matrix: OperatorCase(_matrix),
     Scaled: OperatorCase(lambda: (Scaled(Matrix(dense.random_spd(5)), -2.5), -2.5 * dense.random_spd(5))),
     Sum: OperatorCase(_sum),
+    LBFGSInverse: OperatorCase(_lbfgs),
     GaussNewton: OperatorCase(_gauss_newton),
 }
 
