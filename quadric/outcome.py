@@ -17,6 +17,7 @@ class Outcome(Enum):
     STEP_LIMIT = "the iteration limit was reached"
     ZERO_RIGHT_HAND_SIDE = "the right-hand side is zero: the gradient vanishes here"
     NEGATIVE_CURVATURE = "a direction of no positive curvature was met: the best iterate before it was kept"
+    INDEFINITE_PRECONDITIONER = "the preconditioner is not positive definite: the best iterate before it was kept"
     NON_FINITE = "a product or an inner product was not finite: the best iterate before it was kept"
     ACCEPTED = "the step was accepted"
     NO_DECREASE = "no point of the path lowers the objective: the step was rejected"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from quadric.lattice.automaton import Automaton
 from quadric.linalg import truncation
-from quadric.linalg.krylov import ConjugateGradient
+from quadric.linalg.krylov import ConjugateGradient, Conjugation, FlexibleCG, Notay, PolakRibiere
 from quadric.linalg.lbfgs import LBFGSInverse
 from quadric.linalg.operator import Diagonal, Identity, LinearOperator, Matrix, Scaled, Sum
 from quadric.linalg.pairs import LastPairs, Pair, PairSelection, SpreadPairs
@@ -100,6 +100,11 @@ SolverCase = Callable[..., KrylovSolver]
 
 SOLVERS: dict[type[KrylovSolver], SolverCase] = {
     ConjugateGradient: ConjugateGradient,
+    FlexibleCG: FlexibleCG,
+}
+CONJUGATIONS: dict[type[Conjugation], Callable[[], Conjugation]] = {
+    PolakRibiere: PolakRibiere,
+    Notay: lambda: Notay(3),
 }
 PAIR_SELECTIONS: dict[type[PairSelection], Callable[[int], PairSelection]] = {
     LastPairs: LastPairs,

@@ -14,6 +14,7 @@ import torch
 
 import cases
 import quadric
+from quadric.linalg.krylov import Conjugation
 from quadric.linalg.operator import LinearOperator
 from quadric.linalg.pairs import PairSelection
 from quadric.linalg.solver import KrylovSolver
@@ -26,6 +27,7 @@ from quadric.optim.search import Search
 TABLES = {
     LinearOperator: cases.OPERATORS,
     KrylovSolver: cases.SOLVERS,
+    Conjugation: cases.CONJUGATIONS,
     PairSelection: cases.PAIR_SELECTIONS,
     Loss: cases.LOSSES,
     Damping: cases.DAMPINGS,
