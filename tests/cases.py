@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from quadric.lattice.automaton import Automaton
 from quadric.linalg import truncation
-from quadric.linalg.krylov import ConjugateGradient, Conjugation, FlexibleCG, Notay, PolakRibiere
+from quadric.linalg.krylov import ConjugateGradient, Conjugation, FlexibleCG, MinRes, Notay, PolakRibiere
 from quadric.linalg.lbfgs import LBFGSInverse
 from quadric.linalg.operator import Diagonal, Identity, LinearOperator, Matrix, Scaled, Sum
 from quadric.linalg.pairs import LastPairs, Pair, PairSelection, SpreadPairs
@@ -101,6 +101,7 @@ SolverCase = Callable[..., KrylovSolver]
 SOLVERS: dict[type[KrylovSolver], SolverCase] = {
     ConjugateGradient: ConjugateGradient,
     FlexibleCG: FlexibleCG,
+    MinRes: MinRes,
 }
 CONJUGATIONS: dict[type[Conjugation], Callable[[], Conjugation]] = {
     PolakRibiere: PolakRibiere,

@@ -9,14 +9,16 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from quadric.linalg.operator import LinearOperator
 from quadric.linalg.pairs import Pair
 from quadric.linalg.solver import ChangingInverse, Ending, Iterate, KrylovSolver, Progress, checked_inverse, fixed
+from quadric.linalg.truncation import Residual, Truncation
 from quadric.linalg.vector import dot
 from quadric.outcome import Outcome
 
@@ -224,3 +226,93 @@ class FlexibleCG(KrylovSolver):
         if not isinstance(inverse, LinearOperator):
             raise ValueError(f"M({step}, pairs) returned {inverse!r}: it must return a LinearOperator")
         return checked_inverse(inverse, size, type(self).__name__)
+
+
+@dataclass(frozen=True)
+class MinRes(KrylovSolver):
+    """Minimal residuals for a symmetric operator, which may be indefinite or singular.
+
+    Paige and Saunders (1975): x_k minimises r'Mr, r = b - A x, over x_0 + K_k(MA, M r_0); without a
+    preconditioner that is ||b - A x||. Lanczos vectors and two rotations a step: one product with A and one with M.
+
+    Negative curvature is no failure. It is noticed at no cost (Liu and Roosta, 2022): with the rotations'
+    scalars, u'Au = -phi_{k-1}^2 c_{k-1} gamma_k for u = M r_{k-1}, and A is positive definite on the k-th Krylov space
+    if and only if -c_{i-1} gamma_i > 0 for every i <= k. The path's ``met`` is then `Outcome.INDEFINITE`.
+
+    In an iterate, ``residual`` is ||b - A x|| and ``model`` is q(x), whatever M is. Only r'Mr is sure to fall; for a
+    positive definite A without preconditioner q falls too (Fong and Saunders, 2012). ``RelativeProgress`` therefore
+    suits definite operators only; the default rule reads the residual. The pairs are (v, Av) of the Lanczos vectors,
+    of either sign of curvature.
+
+    A Krylov space that is exhausted with a residual left (a singular A, and a b outside its range) ends the run with
+    `Outcome.EXHAUSTED`, at a solution of least residual.
+
+    >>> import torch
+    >>> from quadric.linalg.operator import Diagonal
+    >>> path = MinRes().solve(Diagonal(torch.tensor([2.0, -4.0])), torch.ones(2))
+    >>> path.last.x, path.met.name
+    (tensor([ 0.5000, -0.2500]), 'INDEFINITE')
+    """
+
+    stop: Truncation = field(default_factory=Residual)
+
+    def run(
+        self,
+        A: LinearOperator,
+        M: LinearOperator | ChangingInverse,
+        x: Float[Tensor, " n"],
+        r: Float[Tensor, " n"],
+        progress: Progress,
+    ) -> Generator[Iterate, None, Ending]:
+        inverse, met = fixed(M), None
+        pairs: tuple[Pair, ...] = ()
+        negligible = 10 * torch.finfo(r.dtype).eps  # of a Lanczos coefficient, beside the largest
+        yield progress.at(0, x, r)
+        z, v = r, inverse @ r
+        square = dot(z, v)
+        if not progress.solved and square <= 0:
+            return Ending(Outcome.INDEFINITE_PRECONDITIONER)
+        beta = phi = math.sqrt(abs(square))
+        scale = previous_beta = 0.0
+        c, s, delta_next, epsilon = -1.0, 0.0, 0.0, 0.0
+        previous_z, w, previous_w = torch.zeros_like(r), torch.zeros_like(r), torch.zeros_like(r)
+        for step in range(1, self.max_steps + 1):
+            if progress.solved:
+                return Ending(Outcome.CONVERGED, pairs, met)
+            if beta <= negligible * scale:
+                return Ending(Outcome.EXHAUSTED, pairs, met)
+            v = v / beta
+            Av = A @ v
+            y = Av - (beta / previous_beta) * previous_z if step > 1 else Av
+            alpha = dot(v, y)
+            previous_z, z = z, y - (alpha / beta) * z
+            following = inverse @ z
+            square = dot(z, following)
+            if not math.isfinite(alpha) or not math.isfinite(square):
+                return Ending(Outcome.NON_FINITE, pairs, met)
+            previous_beta, beta = beta, math.sqrt(abs(square))
+            scale = max(scale, abs(alpha), beta)
+            if square < 0 and beta > negligible * scale:
+                return Ending(Outcome.INDEFINITE_PRECONDITIONER, pairs, met)
+            pairs = self._select(pairs, step, v, Av)
+
+            delta, gamma_bar, epsilon_next = c * delta_next + s * alpha, s * delta_next - c * alpha, s * beta
+            if -c * gamma_bar <= 0:
+                met = Outcome.INDEFINITE
+            gamma = math.hypot(gamma_bar, beta)
+            if gamma <= negligible * scale:
+                return Ending(Outcome.EXHAUSTED, pairs, met)
+            delta_next = -c * beta
+            c, s = gamma_bar / gamma, beta / gamma
+            previous_w, w = w, (v - epsilon * previous_w - delta * w) / gamma
+            epsilon, v = epsilon_next, following
+            x = x + (c * phi) * w
+            r = (s * s) * r - (c * phi / gamma) * z
+            phi = s * phi
+            point = progress.at(step, x, r)
+            if not progress.finite:
+                return Ending(Outcome.NON_FINITE, pairs, met)
+            yield point
+            if outcome := progress.reached():
+                return Ending(outcome, pairs, met)
+        return Ending(Outcome.STEP_LIMIT, pairs, met)
