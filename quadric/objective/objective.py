@@ -17,6 +17,7 @@ from torch.func import functional_call
 
 from quadric.loss.loss import Loss
 from quadric.objective.curvature import GaussNewton, Linearisation
+from quadric.objective.layers import linearisable
 from quadric.space import ParameterSpace
 
 MicroBatch = Sequence[Any]
@@ -88,7 +89,8 @@ class Objective:
         leaves = self._leaves(theta)
         linearisations = []
         for inputs, target, seed in self._stream(self._curvature):
-            output = self._output(inputs, seed, leaves)
+            with linearisable():
+                output = self._output(inputs, seed, leaves)
             curvature = partial(self.loss.curvature, output.detach(), target)
             linearisations.append(Linearisation.of(tuple(leaves.values()), output, curvature))
         return GaussNewton(self.space, linearisations, self.curvature_frames)

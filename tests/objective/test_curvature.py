@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from cases import MicroBatch, draw, padded_classes
 from quadric.loss.loss import CrossEntropy, Loss, SquaredError
+from quadric.objective.layers import linearisable
 from quadric.objective.objective import Objective
 from reference import dense
 
@@ -42,12 +44,69 @@ class Tied(nn.Module):
 class Recurrent(nn.Module):
     """The outputs of a recurrent layer of torch at every frame, without its state."""
 
-    def __init__(self, layer: type[nn.RNN | nn.GRU | nn.LSTM], **options: Any) -> None:
+    def __init__(self, layer: type[nn.RNN | nn.GRU | nn.LSTM], size: int = 4, **options: Any) -> None:
         super().__init__()
-        self.layer = layer(3, 4, batch_first=True, **options)
+        self.layer = layer(3, size, **options)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)[0]
+        if self.layer.batch_first:
+            return self.layer(x)[0]
+        return self.layer(x.transpose(0, 1))[0].transpose(0, 1)
+
+
+class LastState(nn.Module):
+    """Outputs from the last state of a recurrent layer, at every frame, and a learnt first state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.LSTM(3, 4, batch_first=True)
+        self.h, self.c = (nn.Parameter(torch.randn(1, 1, 4)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, (h, c) = self.layer(x, tuple(s.expand(1, len(x), 4).contiguous() for s in (self.h, self.c)))
+        return (h * torch.tanh(c)).transpose(0, 1) * x.sum(-1, keepdim=True)
+
+
+class Image(nn.Module):
+    """Two-dimensional convolutions with every option, and pooling, on frames taken as images of one row more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 4, 3, padding=1, bias=False)
+        self.second = nn.Conv2d(4, 4, (2, 3), padding=(2, 1), dilation=(2, 1), groups=2)
+        self.third = nn.Conv2d(4, 1, 1, stride=(1, 1), padding="same")
+        self.up = nn.ConvTranspose2d(1, 4, (1, 3), stride=(1, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.second(torch.relu(self.first(x.unsqueeze(1)))))[:, :, : x.shape[1]]
+        return self.up(functional.max_pool2d(self.third(y), (1, 3))).mean(-1).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Learnt places and self-attention."""
+
+    def __init__(self, *, layer: bool) -> None:
+        super().__init__()
+        self.places, self.lift, self.out = nn.Embedding(8, 4), nn.Linear(3, 4), nn.Linear(4, 4)
+        self.layer = nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True) if layer else None
+        self.attention = None if layer else nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.lift(x) + self.places(torch.arange(x.shape[1]))
+        return self.out(self.layer(y) if self.layer else self.attention(y, y, y, need_weights=False)[0])
+
+
+class WideNorm(nn.Module):
+    """Layer normalisation over two dimensions, and one without weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 4)
+        self.wide, self.bare = nn.LayerNorm((2, 2)), nn.LayerNorm(4, elementwise_affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return self.second(self.bare(self.wide(y.unflatten(-1, (2, 2))).flatten(-2)))
 
 
 NETS = {
@@ -60,6 +119,16 @@ NETS = {
     "rnn": lambda: Recurrent(nn.RNN),
     "gru": lambda: Recurrent(nn.GRU),
     "lstm": lambda: Recurrent(nn.LSTM),
+    "rnn, relu, two directions": lambda: Recurrent(nn.RNN, 2, nonlinearity="relu", bidirectional=True),
+    "gru, two layers, two directions": lambda: Recurrent(nn.GRU, 2, num_layers=2, bidirectional=True, batch_first=True),
+    "lstm, two layers, no bias": lambda: Recurrent(nn.LSTM, num_layers=2, bias=False),
+    "lstm, two directions": lambda: Recurrent(nn.LSTM, 2, bidirectional=True),
+    "lstm, projected": lambda: Recurrent(nn.LSTM, 5, proj_size=4),
+    "last state": LastState,
+    "image": Image,
+    "attention": lambda: Attention(layer=False),
+    "transformer": lambda: Attention(layer=True),
+    "wide norm": WideNorm,
 }
 
 
@@ -91,6 +160,50 @@ def test_is_positive_semi_definite(name: str) -> None:
     objective = Objective(NETS[name]().double(), CrossEntropy(), batches(CrossEntropy()))
     matrix = dense.matrix_of(objective.gauss_newton(objective.space.point()))
     assert float(torch.linalg.eigvalsh(matrix).min()) > -1e-12
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_what_is_linearised_is_the_model(name: str) -> None:
+    model = NETS[name]().double()
+    x = draw(2, 5, 3)
+    with linearisable():
+        recorded = model(x)
+    torch.testing.assert_close(recorded, model(x), rtol=1e-12, atol=1e-14)
+    assert recorded.shape == model(x).shape
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU])
+def test_frozen_weights_and_inputs_are_left_out(layer: type[nn.LSTM | nn.GRU]) -> None:
+    model, loss = Recurrent(layer).double(), CrossEntropy()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("hh" in name)
+    data = batches(loss)
+    objective = Objective(model, loss, data)
+    theta = objective.space.point()
+    expected = dense.gauss_newton(model, loss, data, theta)
+    torch.testing.assert_close(dense.matrix_of(objective.gauss_newton(theta)), expected, rtol=1e-10, atol=1e-13)
+
+
+def test_dropout_between_recurrent_layers_is_that_of_the_value() -> None:
+    model = Recurrent(nn.LSTM, num_layers=2, dropout=0.5).double().train()
+    x = draw(2, 50, 3)
+    torch.manual_seed(0)
+    plain = model(x)
+    torch.manual_seed(0)
+    with linearisable():
+        recorded = model(x)
+    torch.testing.assert_close(recorded, plain, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", ["convolution", "layer norm", "lstm", "image", "attention"])
+def test_low_precision_products_are_close(name: str) -> None:
+    model = NETS[name]().float()
+    data = [(x.float(), y) for x, y in batches(CrossEntropy())]
+    exact, rough = (Objective(model, CrossEntropy(), data, autocast=kind) for kind in (None, torch.bfloat16))
+    theta, v = exact.space.point(), draw(exact.space.size).float()
+    expected, product = exact.gauss_newton(theta) @ v, rough.gauss_newton(theta) @ v
+    assert product.dtype == torch.float32
+    assert float((product - expected).norm()) < 0.05 * float(expected.norm())
 
 
 def test_is_the_hessian_where_the_model_is_linear() -> None:
