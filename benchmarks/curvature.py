@@ -85,7 +85,7 @@ def main() -> None:
         objective = Objective(model, CrossEntropy(), [(inputs, target)])
         theta = objective.space.point()
         v = torch.randn_like(theta)
-        operator, again = objective.gauss_newton(theta), recomputed(model, objective, inputs, target)
+        operator, again = objective.curvature(theta), recomputed(model, objective, inputs, target)
         difference = float((operator @ v - again(v)).norm() / again(v).norm())
         gradient = seconds(lambda o=objective, t=theta: o.value_and_grad(t), chosen.repeats)
         retained = seconds(lambda o=operator, x=v: o @ x, chosen.repeats)

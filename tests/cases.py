@@ -23,7 +23,7 @@ from quadric.linalg.solver import KrylovSolver
 from quadric.linalg.truncation import Truncation
 from quadric.loss.full_sum import FullSum, FullSumTarget
 from quadric.loss.loss import CrossEntropy, Loss, SquaredError
-from quadric.objective.curvature import GaussNewton
+from quadric.objective.curvature import CurvatureOperator
 from quadric.objective.objective import Objective
 from quadric.optim.damping import Damping, Fixed, LevenbergMarquardt
 from quadric.optim.descent import Descent, NewtonCG
@@ -80,7 +80,7 @@ def _gauss_newton() -> tuple[LinearOperator, Tensor]:
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
     loss, data = CrossEntropy(), [(draw(2, 4, 3), padded_classes(4, 3, [4, 2])), (draw(5, 3), torch.arange(5) % 3)]
     theta = 0.5 * draw(ParameterSpace(model).size, seed=2)
-    return Objective(model, loss, data).gauss_newton(theta), dense.gauss_newton(model, loss, data, theta)
+    return Objective(model, loss, data).curvature(theta), dense.gauss_newton(model, loss, data, theta)
 
 
 OPERATORS: dict[type[LinearOperator], OperatorCase] = {
@@ -90,7 +90,7 @@ OPERATORS: dict[type[LinearOperator], OperatorCase] = {
     Scaled: OperatorCase(lambda: (Scaled(Matrix(dense.random_spd(5)), -2.5), -2.5 * dense.random_spd(5))),
     Sum: OperatorCase(_sum),
     LBFGSInverse: OperatorCase(_lbfgs),
-    GaussNewton: OperatorCase(_gauss_newton),
+    CurvatureOperator: OperatorCase(_gauss_newton),
 }
 
 

@@ -6,6 +6,7 @@ in the `Objective`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,6 +36,22 @@ class Loss(nn.Module):
         """The product of the loss's Hessian with respect to ``output`` with ``v``, in the shape of ``output``."""
         raise NotImplementedError(
             f"{type(self).__name__} has no curvature in output space: train it with a first-order optimiser"
+        )
+
+    def fisher(self, output: Tensor, target: Any) -> Callable[[Tensor], Tensor]:
+        """v -> u (u'v) for every frame, with the gradient u of the loss with respect to that frame's outputs.
+
+        The empirical Fisher matrix in output space; at targets from `sample`, the Fisher matrix in expectation.
+        """
+        with torch.enable_grad():
+            leaf = output.detach().requires_grad_()
+            (u,) = torch.autograd.grad(self(leaf, target), leaf)
+        return lambda v: u * (u * v).sum(-1, keepdim=True)
+
+    def sample(self, output: Tensor, target: Any, generator: torch.Generator) -> Any:
+        """A target drawn from the model's own distribution given ``output``, with the padding of ``target``."""
+        raise NotImplementedError(
+            f"{type(self).__name__} is no distribution of targets: use another curvature than Curvature.FISHER"
         )
 
 
@@ -67,6 +84,13 @@ class CrossEntropy(Loss):
         product = p * (v - (p * v).sum(-1, keepdim=True))
         return product * (target != PADDING).unsqueeze(-1)
 
+    def sample(
+        self, output: Float[Tensor, "*B C"], target: Int[Tensor, "*B"], generator: torch.Generator
+    ) -> Int[Tensor, "*B"]:
+        p = torch.softmax(output, -1).flatten(0, -2)
+        drawn = torch.multinomial(p, 1, generator=generator).view(target.shape)
+        return torch.where(target == PADDING, target, drawn)
+
 
 class SquaredError(Loss):
     """1/2 ||output - target||^2 for every leading index; the Hessian is the identity."""
@@ -81,3 +105,9 @@ class SquaredError(Loss):
         self, output: Float[Tensor, "*B C"], target: Float[Tensor, "*B C"], v: Float[Tensor, "*B C"]
     ) -> Float[Tensor, "*B C"]:
         return v
+
+    def sample(
+        self, output: Float[Tensor, "*B C"], target: Float[Tensor, "*B C"], generator: torch.Generator
+    ) -> Float[Tensor, "*B C"]:
+        noise = torch.randn(output.shape, generator=generator, dtype=output.dtype, device=output.device)
+        return output + noise

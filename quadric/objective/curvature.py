@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from quadric.linalg.operator import LinearOperator
+from quadric.linalg.vector import dot
 from quadric.space import ParameterSpace
+
+
+class Curvature(Enum):
+    """Which matrix stands for the curvature of an objective.
+
+    With the Jacobian J of the model's outputs and sums over frames divided by their number:
+    """
+
+    GAUSS_NEWTON = "J' H J with the Hessian H of the loss in the outputs (Schraudolph, 2002)"
+    FISHER = "J' u u' J with the gradient u of the loss at a target drawn from the model, frame by frame"
+    EMPIRICAL_FISHER = "J' u u' J with the gradient u of the loss at the data's target, frame by frame"
+    HESSIAN = "the second derivatives of the objective; indefinite"
 
 
 @dataclass(frozen=True)
@@ -42,36 +57,64 @@ class Linearisation:
         pullback = torch.autograd.grad(output, parameters, cotangent, create_graph=True, materialize_grads=True)
         return cls(parameters, output, cotangent, pullback, output_curvature)
 
-    def product(self, directions: list[Tensor]) -> list[Tensor]:
+    def product(self, directions: Sequence[Tensor]) -> Sequence[Tensor]:
         """J' H J v for v given as one tensor per parameter."""
         reached = [(g, v) for g, v in zip(self.pullback, directions, strict=True) if g.requires_grad]
         (tangent,) = torch.autograd.grad(
             [g for g, _ in reached], self.cotangent, [v for _, v in reached], retain_graph=True
         )
         curved = self.output_curvature(tangent)
-        return list(
-            torch.autograd.grad(self.output, self.parameters, curved, retain_graph=True, materialize_grads=True)
-        )
+        return torch.autograd.grad(self.output, self.parameters, curved, retain_graph=True, materialize_grads=True)
 
 
-class GaussNewton(LinearOperator):
-    """The generalised Gauss-Newton matrix 1/W sum_b J_b' H_b J_b (Schraudolph, 2002), linearised once.
+@dataclass(frozen=True)
+class RecordedGradient:
+    """The gradient of the loss on one micro-batch, recorded with its graph: the Hessian's `Linearisation`."""
 
-    J_b is the Jacobian of the model's output on micro-batch b, H_b the loss's Hessian in output space, W the number
-    of frames. Positive semi-definite when every H_b is.
+    parameters: tuple[Tensor, ...]
+    gradient: tuple[Tensor, ...]
+
+    def product(self, directions: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The Hessian's product with v given as one tensor per parameter."""
+        reached = [(g, v) for g, v in zip(self.gradient, directions, strict=True) if g.requires_grad]
+        if not reached:
+            return [torch.zeros_like(v) for v in directions]
+        outputs, vectors = [g for g, _ in reached], [v for _, v in reached]
+        return torch.autograd.grad(outputs, self.parameters, vectors, retain_graph=True, materialize_grads=True)
+
+
+class CurvatureOperator(LinearOperator):
+    """1/W sum_b B_b, the B_b recorded once per micro-batch: the matrices of `Curvature`.
+
+    Every product is taken with v' = (||theta|| / ||v||) v and scaled back (Haider et al., 2021, section 4.2): exact,
+    and a small v stays above what low precision rounds to zero.
+
+    Args:
+        space: of the parameters.
+        recorded: for each micro-batch a function that gives what was recorded of it, or records it anew.
+        weight: W, the number of frames.
+        scale: ||theta||.
     """
 
     symmetric = True
 
-    def __init__(self, space: ParameterSpace, linearisations: Iterable[Linearisation], weight: float) -> None:
+    def __init__(
+        self,
+        space: ParameterSpace,
+        recorded: Iterable[Callable[[], Linearisation | RecordedGradient]],
+        weight: float,
+        scale: float,
+    ) -> None:
         self.size = space.size
         self._space = space
-        self._linearisations = list(linearisations)
-        self._weight = weight
+        self._recorded = list(recorded)
+        self._weight, self._scale = weight, scale
 
     def apply(self, v: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-        directions = self._space.split(v)
+        norm = math.sqrt(dot(v, v))
+        factor = self._scale / norm if 0 < norm < math.inf and 0 < self._scale < math.inf else 1.0
+        directions = self._space.split(v * factor)
         total = torch.zeros_like(v)
-        for linearisation in self._linearisations:
-            total += self._space.flatten(linearisation.product(directions))
-        return total / self._weight
+        for recorded in self._recorded:
+            total += self._space.flatten(recorded().product(directions))
+        return total.div_(self._weight * factor)

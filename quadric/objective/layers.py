@@ -162,12 +162,26 @@ class _Linearisable(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class _Unfused(TorchFunctionMode):
+    """Recurrent layers of cuDNN have no second derivative; those of oneDNN have. Convolutions keep cuDNN."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        fused = func not in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
+        with torch.backends.cudnn.flags(enabled=fused and torch.backends.cudnn.enabled):
+            return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Inside, fused kernels whose reverse pass has no derivative give way: cuDNN's recurrent layers, attention."""
+    with sdpa_kernel(SDPBackend.MATH), _Unfused():
+        yield
+
+
 @contextmanager
 def linearisable() -> Iterator[None]:
-    """Inside, torch's functions are recorded so that the reverse pass has a cheap derivative; values do not change.
-
-    Fused kernels without a second derivative give way to ones that have one: oneDNN's and cuDNN's recurrent layers,
-    flash and memory-efficient attention.
-    """
-    with _Linearisable(), sdpa_kernel(SDPBackend.MATH):
+    """Inside, torch's functions are recorded so that the reverse pass has a cheap derivative; values do not change."""
+    with twice_differentiable(), _Linearisable():
         yield

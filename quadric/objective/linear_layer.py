@@ -55,6 +55,8 @@ class _Apply(Function):
     def forward(ctx: Any, make: Callable[..., Layer], *inputs: Maybe) -> Any:
         layer = make(*(None if x is None else x.detach() for x in inputs))
         ctx.layer = layer
+        # They live with the layer; saved as well, they are seen by whoever weighs what autograd keeps.
+        ctx.save_for_backward(*(kept for kept in vars(layer).values() if isinstance(kept, Tensor)))
         ctx.set_materialize_grads(False)
         return layer.outputs
 

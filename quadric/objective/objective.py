@@ -5,8 +5,11 @@ Only an objective sees data. Solvers and optimisers see numbers and vectors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from enum import Enum
 from functools import partial
 from typing import Any
 
@@ -15,13 +18,21 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from quadric.linalg.vector import dot
 from quadric.loss.loss import Loss
-from quadric.objective.curvature import GaussNewton, Linearisation
-from quadric.objective.layers import linearisable
+from quadric.objective.curvature import Curvature, CurvatureOperator, Linearisation, RecordedGradient
+from quadric.objective.layers import linearisable, twice_differentiable
 from quadric.space import ParameterSpace
 
 MicroBatch = Sequence[Any]
 """``(inputs, target, ...)``: a tensor the model is called with, its target, and what more there is."""
+
+
+class Data(Enum):
+    """Which of an objective's two sets of data."""
+
+    GRADIENT = "gradient"
+    CURVATURE = "curvature"
 
 
 class Objective:
@@ -31,7 +42,8 @@ class Objective:
     or second-order.
 
     Random layers (dropout) draw the same numbers whenever the same micro-batch is seen: within one objective the
-    value, the gradient and every curvature product are of one and the same function.
+    value, the gradient and every curvature product are of one and the same function. Running statistics (of batch
+    normalisation) move with the gradient alone, once per step.
 
     Args:
         model: called with a micro-batch's inputs.
@@ -41,6 +53,8 @@ class Objective:
         autocast: the type in which matrix products are computed, for example ``torch.bfloat16``; None: as they are.
             Vectors, sums and the loss stay in the parameters' type.
         seed: of the random layers.
+        memory: bytes that curvature may retain of its micro-batches; what goes beyond is recorded anew in every
+            product, at about three times the price. None: half of what is free when the curvature is asked for.
 
     Raises:
         ValueError: no micro-batch, or none with a frame that counts.
@@ -55,45 +69,79 @@ class Objective:
         *,
         autocast: torch.dtype | None = None,
         seed: int = 0,
+        memory: int | None = None,
     ) -> None:
         self.model, self.loss = model, loss
         self.space = ParameterSpace(model)
-        self.seed = seed
+        self.seed, self.memory = seed, memory
         self._gradient = gradient
         self._curvature = gradient if curvature is None else curvature
         self._autocast = autocast
         self.frames = self._weigh("gradient", self._gradient)
         self.curvature_frames = self._weigh("curvature", self._curvature)
 
-    def value(self, theta: Float[Tensor, " n"]) -> float:
-        """The mean loss at ``theta`` on the gradient's data."""
+    def value(self, theta: Float[Tensor, " n"], data: Data = Data.GRADIENT) -> float:
+        """The mean loss at ``theta``, on the gradient's data or the curvature's."""
+        on_gradient = data is Data.GRADIENT
         parameters = self.space.views(theta)
         total = 0.0
         with torch.no_grad():
-            for inputs, target, seed in self._stream(self._gradient):
+            for inputs, target, seed in self._stream(self._gradient if on_gradient else self._curvature):
                 total += float(self.loss(self._output(inputs, seed, parameters), target))
-        return total / self.frames
+        return total / (self.frames if on_gradient else self.curvature_frames)
 
     def value_and_grad(self, theta: Float[Tensor, " n"]) -> tuple[float, Float[Tensor, " n"]]:
         """The mean loss and its gradient at ``theta``."""
         total, gradient = 0.0, torch.zeros_like(theta)
         leaves = self._leaves(theta)
         for inputs, target, seed in self._stream(self._gradient):
-            value = self.loss(self._output(inputs, seed, leaves), target)
+            value = self.loss(self._output(inputs, seed, leaves, moving=True), target)
             gradient += self.space.flatten(torch.autograd.grad(value, tuple(leaves.values()), materialize_grads=True))
             total += float(value.detach())
         return total / self.frames, gradient / self.frames
 
-    def gauss_newton(self, theta: Float[Tensor, " n"]) -> GaussNewton:
-        """The Gauss-Newton operator at ``theta`` on the curvature's data. It holds the graphs of all its data."""
+    def curvature(self, theta: Float[Tensor, " n"], kind: Curvature = Curvature.GAUSS_NEWTON) -> CurvatureOperator:
+        """The curvature at ``theta`` on the curvature's data, recorded once for every product.
+
+        Raises:
+            NotImplementedError: the loss has no such curvature.
+        """
+        record = self._record_gradient if kind is Curvature.HESSIAN else partial(self._linearise, kind)
         leaves = self._leaves(theta)
-        linearisations = []
-        for inputs, target, seed in self._stream(self._curvature):
-            with linearisable():
-                output = self._output(inputs, seed, leaves)
-            curvature = partial(self.loss.curvature, output.detach(), target)
-            linearisations.append(Linearisation.of(tuple(leaves.values()), output, curvature))
-        return GaussNewton(self.space, linearisations, self.curvature_frames)
+        batches = [partial(record, leaves, *batch) for batch in self._stream(self._curvature)]
+        recorded = _retained(batches, self._free() if self.memory is None else self.memory)
+        return CurvatureOperator(self.space, recorded, self.curvature_frames, math.sqrt(dot(theta, theta)))
+
+    def _linearise(
+        self, kind: Curvature, leaves: Mapping[str, Tensor], inputs: Tensor, target: Any, seed: int
+    ) -> Linearisation:
+        with torch.enable_grad(), linearisable():
+            output = self._output(inputs, seed, leaves)
+            at = output.detach()
+            if kind is Curvature.GAUSS_NEWTON:
+                product: Callable[[Tensor], Tensor] = partial(self.loss.curvature, at, target)
+            elif kind is Curvature.EMPIRICAL_FISHER:
+                product = self.loss.fisher(at, target)
+            else:
+                generator = torch.Generator(at.device).manual_seed(seed)
+                product = self.loss.fisher(at, self.loss.sample(at, target, generator))
+            return Linearisation.of(tuple(leaves.values()), output, product)
+
+    def _record_gradient(
+        self, leaves: Mapping[str, Tensor], inputs: Tensor, target: Any, seed: int
+    ) -> RecordedGradient:
+        parameters = tuple(leaves.values())
+        with torch.enable_grad(), twice_differentiable():
+            value = self.loss(self._output(inputs, seed, leaves), target)
+            gradient = torch.autograd.grad(value, parameters, create_graph=True, materialize_grads=True)
+        return RecordedGradient(parameters, gradient)
+
+    def _free(self) -> int:
+        """Half of the free memory, in bytes."""
+        device = self.space.device
+        if device.type == "cuda":
+            return torch.cuda.mem_get_info(device)[0] // 2
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
     def __call__(self) -> Tensor:
         """The torch closure: clears the gradients, sets them to those of the mean loss, returns the mean loss."""
@@ -110,15 +158,23 @@ class Objective:
     def _leaves(self, theta: Tensor) -> dict[str, Tensor]:
         return {name: view.detach().requires_grad_() for name, view in self.space.views(theta).items()}
 
-    def _output(self, inputs: Tensor, seed: int, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
-        """The model's output, at ``parameters`` or where the model stands."""
+    def _output(
+        self, inputs: Tensor, seed: int, parameters: Mapping[str, Tensor] | None = None, *, moving: bool = False
+    ) -> Tensor:
+        """The model's output, at ``parameters`` or where the model stands.
+
+        At ``parameters``, its running statistics move only if ``moving``.
+        """
         device = self.space.device
         low_precision = torch.autocast(device.type, dtype=self._autocast, enabled=self._autocast is not None)
         with _random_numbers(seed, device), low_precision:
             if parameters is None:
                 output = self.model(inputs)
             else:
-                output = functional_call(self.model, dict(parameters), (inputs,))
+                state = dict(parameters)
+                if not moving:
+                    state |= {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+                output = functional_call(self.model, state, (inputs,))
         return output.to(self.space.dtype)
 
     def _stream(self, batches: Sequence[MicroBatch]) -> Iterator[tuple[Tensor, Any, int]]:
@@ -135,6 +191,55 @@ class Objective:
         if not frames:
             raise ValueError(f"{name} holds {len(batches)} micro-batches and no frame that counts: give it data")
         return frames
+
+
+Recorded = Linearisation | RecordedGradient
+
+
+def _retained(batches: Sequence[Callable[[], Recorded]], memory: int) -> list[Callable[[], Recorded]]:
+    """Each micro-batch as recorded, as many as fit ``memory``; the others to be recorded when they are used.
+
+    The first stays in any case: a product needs the memory of one.
+    """
+    if len(batches) == 1:
+        first = batches[0]()
+        return [lambda: first]
+    kept: list[Callable[[], Recorded]] = []
+    for batch in batches:
+        if kept and memory <= 0:
+            kept.append(batch)
+            continue
+        weighed = _Weighed()
+        with weighed:
+            recorded = batch()
+        memory -= weighed.bytes
+        if kept and memory < 0:
+            del recorded
+            kept.append(batch)
+        else:
+            kept.append(partial(_same, recorded))
+    return kept
+
+
+def _same(recorded: Recorded) -> Recorded:
+    return recorded
+
+
+class _Weighed(torch.autograd.graph.saved_tensors_hooks):
+    """Counts the bytes of the tensors that autograd saves inside; views of one storage count once."""
+
+    def __init__(self) -> None:
+        self._storages: dict[int, int] = {}
+        super().__init__(self._count, lambda saved: saved)
+
+    @property
+    def bytes(self) -> int:
+        return sum(self._storages.values())
+
+    def _count(self, saved: Tensor) -> Tensor:
+        storage = saved.untyped_storage()
+        self._storages[storage.data_ptr()] = storage.nbytes()
+        return saved
 
 
 @contextmanager

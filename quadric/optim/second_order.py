@@ -101,7 +101,7 @@ class SecondOrder(torch.optim.Optimizer):
         theta = space.point()
         with torch.enable_grad():
             value, gradient = objective.value_and_grad(theta)
-            local = LocalModel(theta, value, gradient, objective.gauss_newton(theta))
+            local = LocalModel(theta, value, gradient, objective.curvature(theta))
         if math.isfinite(value) and bool(gradient.isfinite().all()):
             path = self.descent.propose(local, damping=damping, x0=self._previous(space))
         else:

@@ -11,8 +11,10 @@ from torch.nn import functional
 
 from cases import MicroBatch, draw, padded_classes
 from quadric.loss.loss import CrossEntropy, Loss, SquaredError
+from quadric.objective.curvature import Curvature
 from quadric.objective.layers import linearisable
 from quadric.objective.objective import Objective
+from quadric.space import ParameterSpace
 from reference import dense
 
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))
@@ -149,7 +151,7 @@ def test_equals_the_explicit_jacobian(name: str, loss: Loss) -> None:
     model, data = NETS[name]().double(), batches(loss)
     objective = Objective(model, loss, data)
     theta = 0.7 * draw(objective.space.size, seed=3)
-    operator = objective.gauss_newton(theta)
+    operator = objective.curvature(theta)
     expected = dense.gauss_newton(model, loss, data, theta)
     assert float(expected.norm()) > 0.01
     torch.testing.assert_close(dense.matrix_of(operator), expected, rtol=1e-10, atol=1e-13)
@@ -158,7 +160,7 @@ def test_equals_the_explicit_jacobian(name: str, loss: Loss) -> None:
 @pytest.mark.parametrize("name", ["relu", "layer norm", "convolution"])
 def test_is_positive_semi_definite(name: str) -> None:
     objective = Objective(NETS[name]().double(), CrossEntropy(), batches(CrossEntropy()))
-    matrix = dense.matrix_of(objective.gauss_newton(objective.space.point()))
+    matrix = dense.matrix_of(objective.curvature(objective.space.point()))
     assert float(torch.linalg.eigvalsh(matrix).min()) > -1e-12
 
 
@@ -181,7 +183,7 @@ def test_frozen_weights_and_inputs_are_left_out(layer: type[nn.LSTM | nn.GRU]) -
     objective = Objective(model, loss, data)
     theta = objective.space.point()
     expected = dense.gauss_newton(model, loss, data, theta)
-    torch.testing.assert_close(dense.matrix_of(objective.gauss_newton(theta)), expected, rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(dense.matrix_of(objective.curvature(theta)), expected, rtol=1e-10, atol=1e-13)
 
 
 def test_dropout_between_recurrent_layers_is_that_of_the_value() -> None:
@@ -201,7 +203,7 @@ def test_low_precision_products_are_close(name: str) -> None:
     data = [(x.float(), y) for x, y in batches(CrossEntropy())]
     exact, rough = (Objective(model, CrossEntropy(), data, autocast=kind) for kind in (None, torch.bfloat16))
     theta, v = exact.space.point(), draw(exact.space.size).float()
-    expected, product = exact.gauss_newton(theta) @ v, rough.gauss_newton(theta) @ v
+    expected, product = exact.curvature(theta) @ v, rough.curvature(theta) @ v
     assert product.dtype == torch.float32
     assert float((product - expected).norm()) < 0.05 * float(expected.norm())
 
@@ -212,25 +214,25 @@ def test_is_the_hessian_where_the_model_is_linear() -> None:
     objective = Objective(model, loss, data)
     theta = objective.space.point()
     hessian = torch.func.hessian(lambda t: dense.mean_loss(model, loss, data, t))(theta)
-    torch.testing.assert_close(dense.matrix_of(objective.gauss_newton(theta)), hessian, rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(dense.matrix_of(objective.curvature(theta)), hessian, rtol=1e-10, atol=1e-13)
 
 
 def test_is_linearised_where_it_was_built_and_stays_there() -> None:
     model, loss = NETS["tanh"]().double(), CrossEntropy()
     objective = Objective(model, loss, batches(loss))
     theta, v = objective.space.point(), draw(objective.space.size)
-    operator = objective.gauss_newton(theta)
+    operator = objective.curvature(theta)
     before = operator @ v
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1.0)
     assert torch.equal(operator @ v, before)
-    assert not torch.allclose(objective.gauss_newton(objective.space.point()) @ v, before)
+    assert not torch.allclose(objective.curvature(objective.space.point()) @ v, before)
 
 
 def test_products_need_no_gradient_mode() -> None:
     objective = Objective(NETS["relu"]().double(), CrossEntropy(), batches(CrossEntropy()))
-    operator, v = objective.gauss_newton(objective.space.point()), draw(objective.space.size)
+    operator, v = objective.curvature(objective.space.point()), draw(objective.space.size)
     with torch.no_grad():
         product = operator @ v
     assert torch.equal(operator @ v, product)
@@ -242,6 +244,125 @@ def test_the_accelerator_agrees(device: str) -> None:
     model, loss = NETS["layer norm"]().double(), CrossEntropy()
     here = Objective(model, loss, batches(loss))
     theta, v = here.space.point(), draw(here.space.size)
-    product = here.gauss_newton(theta) @ v
-    there = Objective(model.to(device), loss, batches(loss)).gauss_newton(theta.to(device)) @ v.to(device)
+    product = here.curvature(theta) @ v
+    there = Objective(model.to(device), loss, batches(loss)).curvature(theta.to(device)) @ v.to(device)
     torch.testing.assert_close(there.cpu(), product, rtol=1e-9, atol=1e-12)
+
+
+def explicit(model: nn.Module, loss: Loss, data: list[MicroBatch], theta: Tensor) -> Tensor:
+    """The empirical Fisher matrix, frame by frame, by explicit Jacobians."""
+    total = theta.new_zeros(len(theta), len(theta))
+    for x, y in data:
+        output = dense.output_at(model, theta, x).detach().requires_grad_()
+        (u,) = torch.autograd.grad(loss(output, y), output)
+        J = torch.func.jacrev(lambda t, x=x: dense.output_at(model, t, x))(theta)
+        per_frame = torch.einsum("btc,btcn->btn", u, J).flatten(0, 1)
+        total += per_frame.T @ per_frame
+    return total / sum(loss.weight(y) for _, y in data)
+
+
+@pytest.mark.parametrize("loss", [CrossEntropy(), SquaredError()], ids=lambda loss: type(loss).__name__)
+@pytest.mark.parametrize("name", ["tanh", "layer norm", "lstm", "image"])
+def test_empirical_fisher_is_the_outer_product_of_each_frames_gradient(name: str, loss: Loss) -> None:
+    model, data = NETS[name]().double(), batches(loss)
+    objective = Objective(model, loss, data)
+    theta = 0.7 * draw(objective.space.size, seed=3)
+    found = dense.matrix_of(objective.curvature(theta, Curvature.EMPIRICAL_FISHER))
+    torch.testing.assert_close(found, explicit(model, loss, data, theta), rtol=1e-9, atol=1e-13)
+    assert float(torch.linalg.eigvalsh(found).min()) > -1e-12
+
+
+@pytest.mark.parametrize("loss", [CrossEntropy(), SquaredError()], ids=lambda loss: type(loss).__name__)
+def test_fisher_is_gauss_newton_in_expectation(loss: Loss) -> None:
+    """Both losses are negative log-likelihoods of exponential families in their natural parameters."""
+    model, data = NETS["tanh"]().double(), batches(loss)
+    theta = 0.7 * draw(ParameterSpace(model).size, seed=3)
+    gauss_newton = dense.gauss_newton(model, loss, data, theta)
+    v = draw(len(theta), seed=4)
+    products = []
+    for seed in range(300):
+        objective = Objective(model, loss, data, seed=1000 * seed)
+        operator = objective.curvature(theta, Curvature.FISHER)
+        assert torch.equal(operator @ v, operator @ v)
+        products.append(operator @ v)
+    drawn = torch.stack(products)
+    deviation = (drawn.mean(0) - gauss_newton @ v) / (drawn.std(0) / len(drawn) ** 0.5)
+    assert float(deviation.square().mean()) < 1.6  # the square of a standard normal number, over all parameters
+    assert float(drawn.std(0).max()) > 0
+
+
+@pytest.mark.parametrize("loss", [CrossEntropy(), SquaredError()], ids=lambda loss: type(loss).__name__)
+@pytest.mark.parametrize("name", ["linear", "tanh", "layer norm", "lstm", "image", "attention", "tied"])
+def test_hessian_is_the_hessian(name: str, loss: Loss) -> None:
+    model, data = NETS[name]().double(), batches(loss)
+    objective = Objective(model, loss, data)
+    theta, v = 0.7 * draw(objective.space.size, seed=3), draw(objective.space.size, seed=4)
+
+    def gradient(t: Tensor) -> Tensor:
+        return objective.value_and_grad(t)[1]
+
+    step = 1e-5
+    central = (gradient(theta + step * v) - gradient(theta - step * v)) / (2 * step)
+    torch.testing.assert_close(objective.curvature(theta, Curvature.HESSIAN) @ v, central, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", Curvature)
+def test_a_memory_budget_changes_the_price_alone(kind: Curvature) -> None:
+    model, loss = NETS["lstm"]().double(), CrossEntropy()
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    model.register_forward_hook(count)
+    data = batches(loss)
+    products, forwards = [], []
+    for memory in (None, 0, 6_000):
+        objective = Objective(model, loss, data, memory=memory)
+        theta = 0.7 * draw(objective.space.size, seed=3)
+        operator = objective.curvature(theta, kind)
+        calls = 0
+        products.append(operator @ draw(objective.space.size))
+        forwards.append(calls)
+    assert torch.equal(products[0], products[1]) and torch.equal(products[0], products[2])
+    assert forwards[0] == 0 and forwards[1] == 2  # the first micro-batch always stays
+    assert 0 < forwards[2] < 2 or kind is not Curvature.GAUSS_NEWTON
+
+
+def test_running_statistics_move_with_the_gradient_alone() -> None:
+    def build(*, tracking: bool) -> nn.Sequential:
+        norm = nn.BatchNorm1d(5, track_running_stats=tracking)
+        return nn.Sequential(nn.Linear(3, 5), norm, nn.Tanh(), nn.Linear(5, 4)).double()
+
+    model = build(tracking=True)
+    loss, data = CrossEntropy(), [(draw(7, 3), torch.arange(7) % 4), (draw(9, 3, seed=1), torch.arange(9) % 4)]
+    objective = Objective(model, loss, data)
+    theta, before = objective.space.point(), model[1].running_mean.clone()
+    operator = objective.curvature(theta)
+    _ = operator @ theta, objective.value(theta)
+    assert torch.equal(model[1].running_mean, before) and int(model[1].num_batches_tracked) == 0
+    objective.value_and_grad(theta)
+    assert not torch.equal(model[1].running_mean, before) and int(model[1].num_batches_tracked) == 2
+    expected = dense.gauss_newton(build(tracking=False), loss, data, theta)
+    torch.testing.assert_close(dense.matrix_of(operator), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_tiny_and_huge_directions_lose_nothing() -> None:
+    objective = Objective(NETS["tanh"]().float(), CrossEntropy(), [(x.float(), y) for x, y in batches(CrossEntropy())])
+    operator, v = objective.curvature(objective.space.point()), draw(objective.space.size).float()
+    for factor in (2.0**-100, 2.0**100):
+        torch.testing.assert_close((operator @ (v * factor)) / factor, operator @ v, rtol=1e-6, atol=0)
+    assert not (operator @ torch.zeros_like(v)).any()
+
+
+def test_curvature_that_a_loss_lacks_is_refused() -> None:
+    class Bare(SquaredError):
+        curvature, sample = Loss.curvature, Loss.sample
+
+    objective = Objective(NETS["tanh"]().double(), Bare(), batches(SquaredError()))
+    v = draw(objective.space.size)
+    with pytest.raises(NotImplementedError, match="Bare has no curvature in output space"):
+        _ = objective.curvature(v) @ v
+    with pytest.raises(NotImplementedError, match="Bare is no distribution of targets"):
+        objective.curvature(v, Curvature.FISHER)

@@ -48,7 +48,7 @@ def test_the_split_into_micro_batches_changes_nothing(sizes: list[int], device: 
     theta, v = whole.space.point(), draw(whole.space.size, seed=4).to(device)
     assert parts.value(theta) == pytest.approx(whole.value(theta), rel=1e-12)
     torch.testing.assert_close(parts.value_and_grad(theta)[1], whole.value_and_grad(theta)[1], rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(parts.gauss_newton(theta) @ v, whole.gauss_newton(theta) @ v, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(parts.curvature(theta) @ v, whole.curvature(theta) @ v, rtol=1e-12, atol=1e-14)
 
 
 def test_the_frames_weigh_alike_whatever_the_padding() -> None:
@@ -106,9 +106,9 @@ def test_dropout_draws_one_mask_for_value_gradient_and_products(device: str) -> 
     assert slope == pytest.approx(float(gradient @ v), rel=1e-5)
     other = Objective(model, CrossEntropy(), batches, seed=4)
     assert other.value(theta) != value
-    product = objective.gauss_newton(theta) @ v
-    assert torch.equal(objective.gauss_newton(theta) @ v, product)
-    assert not torch.allclose(other.gauss_newton(theta) @ v, product)
+    product = objective.curvature(theta) @ v
+    assert torch.equal(objective.curvature(theta) @ v, product)
+    assert not torch.allclose(other.curvature(theta) @ v, product)
 
 
 def test_curvature_under_dropout_is_that_of_the_function_the_value_is_of() -> None:
@@ -117,7 +117,7 @@ def test_curvature_under_dropout_is_that_of_the_function_the_value_is_of() -> No
     objective = Objective(model, SquaredError(), [(draw(8, 3), draw(8, 2, seed=1)), (draw(4, 3, seed=2), draw(4, 2))])
     theta, v = objective.space.point(), draw(8, seed=5)
     second = objective.value(theta + v) - 2 * objective.value(theta) + objective.value(theta - v)
-    assert float(v @ (objective.gauss_newton(theta) @ v)) == pytest.approx(second, rel=1e-10)
+    assert float(v @ (objective.curvature(theta) @ v)) == pytest.approx(second, rel=1e-10)
 
 
 def test_the_random_numbers_outside_go_on_as_if_nothing_was_drawn() -> None:
@@ -135,7 +135,7 @@ def test_nothing_but_the_closure_touches_the_model() -> None:
     objective = Objective(model, CrossEntropy(), split(*data(), [6]))
     before, theta = objective.space.point(), draw(objective.space.size)
     objective.value_and_grad(theta)
-    objective.gauss_newton(theta) @ theta
+    objective.curvature(theta) @ theta
     assert torch.equal(objective.space.point(), before)
     assert all(p.grad is None for p in model.parameters())
 
@@ -146,7 +146,7 @@ def test_the_curvature_may_see_other_data() -> None:
     both = Objective(model, loss, split(*data(), [6]), small)
     theta, v = both.space.point(), draw(both.space.size, seed=1)
     assert (both.frames, both.curvature_frames) == (23, 9)
-    assert torch.equal(both.gauss_newton(theta) @ v, Objective(model, loss, small).gauss_newton(theta) @ v)
+    assert torch.equal(both.curvature(theta) @ v, Objective(model, loss, small).curvature(theta) @ v)
     assert both.value(theta) == Objective(model, loss, split(*data(), [6])).value(theta)
 
 
@@ -156,7 +156,7 @@ def test_an_unused_parameter_has_a_zero_gradient_and_product() -> None:
     objective = Objective(model, CrossEntropy(), split(*data(), [6]))
     theta = objective.space.point()
     _, gradient = objective.value_and_grad(theta)
-    product = objective.gauss_newton(theta) @ torch.ones_like(theta)
+    product = objective.curvature(theta) @ torch.ones_like(theta)
     for vector in (gradient, product):
         views = objective.space.views(vector)
         assert not views["idle"].any() and views["0.weight"].any()
@@ -169,9 +169,9 @@ def test_low_precision_products_stay_close_and_results_in_the_parameters_type() 
     theta = exact.space.point()
     v = torch.ones_like(theta)
     assert 0 < abs(fast.value(theta) - exact.value(theta)) < 0.02
-    product = fast.gauss_newton(theta) @ v
+    product = fast.curvature(theta) @ v
     assert product.dtype == torch.float32 == fast.value_and_grad(theta)[1].dtype
-    assert float((product - exact.gauss_newton(theta) @ v).norm() / product.norm()) < 0.05
+    assert float((product - exact.curvature(theta) @ v).norm() / product.norm()) < 0.05
 
 
 def test_misuse_is_explained() -> None:

@@ -108,7 +108,7 @@ def test_the_diagnosis_tells_what_happened() -> None:
     assert found.gradient_norm == pytest.approx(float(objective.value_and_grad(before)[1].norm()), rel=1e-12)
     assert (found.damping, optimiser.param_groups[0]["damping"]) == (0.5, LevenbergMarquardt().update(0.5, found.ratio))
     d = point(model) - before
-    B = dense.matrix_of(objective.gauss_newton(before))
+    B = dense.matrix_of(objective.curvature(before))
     predicted = objective.value_and_grad(before)[1] @ d + 0.5 * d @ B @ d
     assert found.ratio == pytest.approx(float((found.new_value - found.value) / predicted), rel=1e-6)
     assert found.solver_steps > 0 and found.evaluations >= 2
@@ -126,7 +126,7 @@ def test_the_proposal_warm_starts_the_next_solve() -> None:
     proposal = None
     for _ in range(3):
         theta = point(model)
-        A = objective.gauss_newton(theta) + 1e-4 * Identity(7)
+        A = objective.curvature(theta) + 1e-4 * Identity(7)
         start = None if proposal is None else 0.9 * proposal
         path = solver.solve(A, -objective.value_and_grad(theta)[1], x0=start)
         optimiser.step(objective)
@@ -155,7 +155,7 @@ def test_the_last_iterate_is_kept_unless_the_step_was_shortened(taken: int, scal
     model = nn.Linear(6, 1).double()
     objective = Objective(model, SquaredError(), [(draw(50, 6), draw(50, 1, seed=1))])
     theta, solver = point(model), ConjugateGradient(4, Residual(1e-12))
-    A = objective.gauss_newton(theta) + 0.1 * Identity(7)
+    A = objective.curvature(theta) + 0.1 * Identity(7)
     path = solver.solve(A, -objective.value_and_grad(theta)[1])
     descent = NewtonCG(solver, momentum=0.0)
     optimiser = SecondOrder(model.parameters(), descent=descent, search=Taking(taken, scale), damping=Fixed(0.1))

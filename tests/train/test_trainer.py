@@ -79,7 +79,7 @@ class _Looking(Optimizer):
     def step(self, closure: Any = None) -> float:  # type: ignore[override]
         theta = closure.space.point()
         self.values.append(closure.value(theta))
-        self.products.append(float((closure.gauss_newton(theta) @ theta).norm()))
+        self.products.append(float((closure.curvature(theta) @ theta).norm()))
         return self.values[-1]
 
 
