@@ -25,10 +25,11 @@ from quadric.loss.full_sum import FullSum, FullSumTarget
 from quadric.loss.loss import CrossEntropy, Loss, SquaredError
 from quadric.objective.curvature import CurvatureOperator
 from quadric.objective.objective import Objective
-from quadric.optim.damping import Damping, Fixed, LevenbergMarquardt
-from quadric.optim.descent import Descent, NewtonCG
-from quadric.optim.search import Backtracking, Search
-from quadric.optim.second_order import SecondOrder, hessian_free
+from quadric.optim.damping import AfterRejection, Damping, Fixed, LevenbergMarquardt
+from quadric.optim.descent import NGHF, Descent, NewtonCG
+from quadric.optim.precondition import LBFGS, Preconditioner
+from quadric.optim.search import Backtracking, BestIterate, Search
+from quadric.optim.second_order import SecondOrder, hessian_free, natural_gradient, nghf
 from quadric.space import ParameterSpace
 from reference import dense
 
@@ -158,9 +159,11 @@ LOSSES: dict[type[Loss], LossCase] = {
 DAMPINGS: dict[type[Damping], Callable[[], Damping]] = {
     LevenbergMarquardt: LevenbergMarquardt,
     Fixed: lambda: Fixed(0.1),
+    AfterRejection: AfterRejection,
 }
-SEARCHES: dict[type[Search], Callable[[], Search]] = {Backtracking: Backtracking}
-DESCENTS: dict[type[Descent], Callable[[], Descent]] = {NewtonCG: NewtonCG}
+SEARCHES: dict[type[Search], Callable[[], Search]] = {Backtracking: Backtracking, BestIterate: BestIterate}
+DESCENTS: dict[type[Descent], Callable[[], Descent]] = {NewtonCG: NewtonCG, NGHF: NGHF}
+PRECONDITIONERS: dict[type[Preconditioner], Callable[[], Preconditioner]] = {LBFGS: LBFGS}
 
 
 def _undamped(params: Iterable[Any]) -> SecondOrder:
@@ -172,4 +175,7 @@ OPTIMISERS: dict[str, Callable[[Iterable[Any]], torch.optim.Optimizer]] = {
     "hessian_free": hessian_free,
     "hessian_free, eager": lambda params: hessian_free(params, damping=10.0, max_steps=5, momentum=0.5),
     "newton_cg, fixed damping": _undamped,
+    "hessian_free, L-BFGS": lambda params: hessian_free(params, damping=0.1, max_steps=8, preconditioner=LBFGS()),
+    "natural_gradient": natural_gradient,
+    "nghf": nghf,
 }

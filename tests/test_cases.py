@@ -22,6 +22,7 @@ from quadric.linalg.truncation import Truncation
 from quadric.loss.loss import Loss
 from quadric.optim.damping import Damping
 from quadric.optim.descent import Descent
+from quadric.optim.precondition import Preconditioner
 from quadric.optim.search import Search
 
 TABLES = {
@@ -33,6 +34,7 @@ TABLES = {
     Damping: cases.DAMPINGS,
     Search: cases.SEARCHES,
     Descent: cases.DESCENTS,
+    Preconditioner: cases.PRECONDITIONERS,
     Truncation: cases.TRUNCATIONS,
 }
 
@@ -96,4 +98,4 @@ def _returns_optimiser(module: ModuleType, annotation: object) -> bool:
 
 
 def test_the_walk_sees_a_missing_row() -> None:
-    assert {cls.__name__ for cls in public_subclasses(LinearOperator)} >= {"Identity", "Sum", "GaussNewton"}
+    assert {cls.__name__ for cls in public_subclasses(LinearOperator)} >= {"Identity", "Sum", "CurvatureOperator"}

@@ -61,3 +61,28 @@ class Fixed(Damping):
 
     def update(self, value: float, ratio: float) -> float:
         return value
+
+
+@dataclass(frozen=True)
+class AfterRejection(Damping):
+    """None until a step is rejected; then from ``start`` up by ``boost`` while steps are, and down by ``drop`` to none.
+
+    For methods that are undamped in their papers: on new data a rejected step may be left at that, on the same data it
+    would be proposed for ever.
+    """
+
+    start: float = 1e-3
+    boost: float = 4.0
+    drop: float = 1 / 2
+    initial: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.start > 0 or not self.boost > 1 > self.drop > 0:
+            raise ValueError(
+                f"start={self.start}, boost={self.boost}, drop={self.drop}: need start > 0 and boost > 1 > drop > 0"
+            )
+
+    def update(self, value: float, ratio: float) -> float:
+        if math.isnan(ratio) or ratio == -math.inf:
+            return max(value * self.boost, self.start)
+        return value * self.drop if value * self.drop >= self.start else 0.0

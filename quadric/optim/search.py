@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from quadric.linalg.solver import Path
+from quadric.linalg.solver import Iterate, Path
 from quadric.linalg.vector import dot
+from quadric.objective.objective import Data
 from quadric.optim.descent import LocalModel
 
 Value = Callable[[Float[Tensor, " n"]], float]
@@ -38,7 +39,9 @@ class Step:
 
 
 class Search(ABC):
-    """Picks a step from a path, or none."""
+    """Picks a step from a path, or none; ``on`` says on which of the objective's data it judges."""
+
+    on: Data = Data.GRADIENT
 
     @abstractmethod
     def select(self, local: LocalModel, path: Path, value: Value) -> Step | None:
@@ -56,11 +59,13 @@ class Backtracking(Search):
         sufficient: Armijo's constant: f(theta + a d) <= f(theta) + sufficient * a * g'd.
         shrink: the factor of a.
         attempts: scales tried at most, the full step first, before the step is rejected.
+        on: the data that candidates are judged on.
     """
 
     sufficient: float = 1e-2
     shrink: float = 0.5
     attempts: int = 16
+    on: Data = Data.GRADIENT
 
     def __post_init__(self) -> None:
         if not 0 < self.shrink < 1:
@@ -68,10 +73,9 @@ class Backtracking(Search):
 
     def select(self, local: LocalModel, path: Path, value: Value) -> Step | None:
         def at(step: Tensor) -> float:
-            found = value(local.theta + step)
-            return found if math.isfinite(found) else math.inf
+            return _finite(value(local.theta + step))
 
-        candidates = [(i, p) for i, p in enumerate(path.points) if p.step > 0 or bool(p.x.any())]
+        candidates = _candidates(path)
         if not candidates:
             return None
         index, point = candidates.pop()
@@ -90,3 +94,30 @@ class Backtracking(Search):
             if best <= local.value + self.sufficient * scale * min(slope, 0.0) and best < local.value:
                 return Step(scale * point.x, best, point.model, index, scale)
         return None
+
+
+@dataclass(frozen=True)
+class BestIterate(Search):
+    """The point of the path with the lowest value, if it is lower than where we are (Haider et al., 2021, section 4.1).
+
+    Attributes:
+        on: the data that candidates are judged on; the paper's is the curvature's.
+    """
+
+    on: Data = Data.CURVATURE
+
+    def select(self, local: LocalModel, path: Path, value: Value) -> Step | None:
+        found = [(_finite(value(local.theta + p.x)), index, p) for index, p in _candidates(path)]
+        if not found:
+            return None
+        best, index, point = min(found, key=lambda item: item[:2])
+        return Step(point.x, best, point.model, index, 1.0) if best < local.value else None
+
+
+def _candidates(path: Path) -> list[tuple[int, Iterate]]:
+    """The points of the path with their places, without a start at zero."""
+    return [(i, p) for i, p in enumerate(path.points) if p.step > 0 or bool(p.x.any())]
+
+
+def _finite(value: float) -> float:
+    return value if math.isfinite(value) else math.inf

@@ -7,8 +7,9 @@ reads how true the model was.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,13 +17,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from quadric.linalg.krylov import ConjugateGradient
+from quadric.linalg.operator import Identity
+from quadric.linalg.pairs import Pair, PairSelection
 from quadric.linalg.solver import Path
-from quadric.linalg.truncation import RelativeProgress
+from quadric.linalg.truncation import FixedIterations, RelativeProgress
 from quadric.linalg.vector import dot
-from quadric.objective.objective import Objective
-from quadric.optim.damping import Damping, LevenbergMarquardt
-from quadric.optim.descent import Descent, LocalModel, NewtonCG
-from quadric.optim.search import Backtracking, Search, Step, Value
+from quadric.objective.curvature import Curvature
+from quadric.objective.objective import Data, Objective
+from quadric.optim.damping import AfterRejection, Damping, LevenbergMarquardt
+from quadric.optim.descent import EVERY_ITERATE, NGHF, Descent, LocalModel, NewtonCG
+from quadric.optim.precondition import Preconditioner
+from quadric.optim.search import Backtracking, BestIterate, Search, Step, Value
 from quadric.outcome import Outcome
 from quadric.space import ParameterSpace
 
@@ -32,25 +37,29 @@ class Diagnosis:
     """What one second-order step did.
 
     Attributes:
-        value: the objective before the step, on the step's own data.
-        new_value: at theta + d, that is after a step with an ``lr`` of 1 (the same when the step was rejected).
+        value: the objective before the step, on the gradient's data.
+        old_value: the same on the data of the search, which may be other data.
+        new_value: there at theta + d, that is after a step with an ``lr`` of 1; ``old_value`` when it was rejected.
         gradient_norm: ||g||.
         step_norm: ||d||, 0 when rejected.
         ratio: actual over predicted reduction, (f(theta + d) - f(theta)) / q(d); NaN when rejected.
         damping: the lambda the step was solved with.
-        solver_steps: curvature products.
+        solver_steps: products of the solve, that is its iterations.
+        products: products with a curvature, all in all.
         evaluations: of the objective, by the search.
         solver: how the solve ended.
         outcome: how the step ended.
     """
 
     value: float
+    old_value: float
     new_value: float
     gradient_norm: float
     step_norm: float
     ratio: float
     damping: float
     solver_steps: int
+    products: int
     evaluations: int
     solver: Outcome
     outcome: Outcome
@@ -66,27 +75,37 @@ class SecondOrder(torch.optim.Optimizer):
     Stepped with an `Objective`: ``optimizer.step(objective)``. Each group's ``lr`` (default 1) multiplies its part of
     the chosen step, so that schedulers work; none is needed.
 
-    The state is the previous proposal, kept per parameter, and lambda, kept in the first group's ``damping``;
-    ``state_dict`` holds both.
+    The state is the previous proposal and the pairs of the previous solve that the preconditioner asks for, both kept
+    per parameter, and lambda, kept in the first group's ``damping``; ``state_dict`` holds them all.
 
     Args:
         params: parameters or groups, together exactly the objective's trainable parameters.
         descent: proposes a path of steps.
         search: picks one.
         damping: adapts lambda.
+        preconditioner: of the descent's solver; None: none.
 
     Attributes:
         diagnosis: what the last step did.
     """
 
-    def __init__(self, params: Iterable[Any], *, descent: Descent, search: Search, damping: Damping) -> None:
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        descent: Descent,
+        search: Search,
+        damping: Damping,
+        preconditioner: Preconditioner | None = None,
+    ) -> None:
         super().__init__(params, {"lr": 1.0, "damping": damping.initial})
-        self.descent, self.search, self.rule = descent, search, damping
+        self.descent, self.search, self.rule, self.preconditioner = descent, search, damping, preconditioner
         self.diagnosis: Diagnosis | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy needs: the parts beside what torch keeps."""
-        parts = {"descent": self.descent, "search": self.search, "rule": self.rule, "diagnosis": self.diagnosis}
+        names = ("descent", "search", "rule", "preconditioner", "diagnosis")
+        parts = {name: getattr(self, name) for name in names}
         return {**super().__getstate__(), **parts}
 
     @torch.no_grad()
@@ -101,21 +120,33 @@ class SecondOrder(torch.optim.Optimizer):
         theta = space.point()
         with torch.enable_grad():
             value, gradient = objective.value_and_grad(theta)
-            local = LocalModel(theta, value, gradient, objective.curvature(theta))
-        if math.isfinite(value) and bool(gradient.isfinite().all()):
-            path = self.descent.propose(local, damping=damping, x0=self._previous(space))
-        else:
-            path = Path((), Outcome.NON_FINITE)
-        search = _Counted(objective.value)
+        if not math.isfinite(value) or not bool(gradient.isfinite().all()):
+            local = LocalModel(theta, value, gradient, Identity(space.size))
+            self.diagnosis = _diagnose(value, local, Path((), Outcome.NON_FINITE), None, math.nan, damping, 0)
+            self._remember(space, None, ())
+            self.param_groups[0]["damping"] = self.rule.update(damping, math.nan)
+            return torch.tensor(value, dtype=torch.float64)
+        search = _Counted(partial(objective.value, data=self.search.on))
+        local = self._local_model(objective, theta, value, gradient)
+        M = None
+        if self.preconditioner is not None:
+            M = self.preconditioner.operator(objective, local, self._pairs(space), damping)
+        path = self.descent.propose(local, damping=damping, x0=self._previous(space), M=M)
         step = self.search.select(local, path, search)
-        ratio = self._ratio(local, step, damping)
+        ratio = self._ratio(local, step)
         if step is not None:
             self._move(space, step.direction)
-        self._remember(space, path.points[-1].x if step is not None and step.scale == 1 else None)
+        self._remember(space, path.points[-1].x if step is not None and step.scale == 1 else None, path.pairs)
         if path.outcome is not Outcome.ZERO_RIGHT_HAND_SIDE:  # where nothing was asked, nothing was learnt
             self.param_groups[0]["damping"] = self.rule.update(damping, ratio)
-        self.diagnosis = _diagnose(local, path, step, ratio, damping, search.calls)
+        self.diagnosis = _diagnose(value, local, path, step, ratio, damping, search.calls)
         return torch.tensor(value, dtype=torch.float64)
+
+    def _local_model(self, objective: Objective, theta: Tensor, value: float, gradient: Tensor) -> LocalModel:
+        if self.search.on is not Data.GRADIENT:
+            value = objective.value(theta, self.search.on)
+        metric = None if self.descent.metric is None else objective.curvature(theta, self.descent.metric)
+        return LocalModel(theta, value, gradient, objective.curvature(theta, self.descent.kind), metric)
 
     def _checked(self, closure: Any) -> Objective:
         if not isinstance(closure, Objective):
@@ -131,7 +162,7 @@ class SecondOrder(torch.optim.Optimizer):
             )
         return closure
 
-    def _ratio(self, local: LocalModel, step: Step | None, damping: float) -> float:
+    def _ratio(self, local: LocalModel, step: Step | None) -> float:
         """Actual over predicted reduction, the prediction by the undamped model."""
         if step is None:
             return math.nan
@@ -149,18 +180,26 @@ class SecondOrder(torch.optim.Optimizer):
             return None
         return space.flatten(self.state[p]["proposal"] for p in space.parameters)
 
-    def _remember(self, space: ParameterSpace, proposal: Float[Tensor, " n"] | None) -> None:
-        """Keeps the proposal for the next start; without one, the next starts from zero.
+    def _pairs(self, space: ParameterSpace) -> tuple[Pair, ...]:
+        """The pairs that the previous solve left, oldest first: ``s0, y0, s1, ...`` in every parameter's state."""
+        pairs: list[Pair] = []
+        while all(f"y{len(pairs)}" in self.state[p] for p in space.parameters):
+            s, y = (space.flatten(self.state[p][f"{name}{len(pairs)}"] for p in space.parameters) for name in "sy")
+            pairs.append(Pair(len(pairs) + 1, s, y))
+        return tuple(pairs)
+
+    def _remember(self, space: ParameterSpace, proposal: Float[Tensor, " n"] | None, pairs: Sequence[Pair]) -> None:
+        """Keeps the pairs, and the proposal for the next start; without one, the next starts from zero.
 
         A proposal is kept when its step was taken whole. Where the line search had to shorten it or gave it up, the
         model was wrong along it, and starting from 0.95 of it would propose the same again.
         """
-        if proposal is None:
-            for parameter in space.parameters:
-                self.state[parameter].pop("proposal", None)
-            return
-        for parameter, piece in zip(space.parameters, space.split(proposal), strict=True):
-            self.state[parameter]["proposal"] = piece.clone()
+        vectors = {} if proposal is None else {"proposal": proposal}
+        for i, pair in enumerate(pairs):
+            vectors |= {f"s{i}": pair.s, f"y{i}": pair.y}
+        pieces = {name: space.split(vector) for name, vector in vectors.items()}
+        for i, parameter in enumerate(space.parameters):
+            self.state[parameter] = {name: split[i].clone() for name, split in pieces.items()}
 
 
 class _Counted:
@@ -175,7 +214,7 @@ class _Counted:
 
 
 def _diagnose(
-    local: LocalModel, path: Path, step: Step | None, ratio: float, damping: float, evaluations: int
+    value: float, local: LocalModel, path: Path, step: Step | None, ratio: float, damping: float, evaluations: int
 ) -> Diagnosis:
     if step is not None:
         outcome = Outcome.ACCEPTED
@@ -184,13 +223,15 @@ def _diagnose(
     else:
         outcome = path.outcome
     return Diagnosis(
-        value=local.value,
+        value=value,
+        old_value=local.value,
         new_value=local.value if step is None else step.value,
         gradient_norm=math.sqrt(dot(local.gradient, local.gradient)),
         step_norm=0.0 if step is None else math.sqrt(dot(step.direction, step.direction)),
         ratio=ratio,
         damping=damping,
         solver_steps=path.steps if path.points else 0,
+        products=path.spent + (path.steps if path.points else 0),
         evaluations=evaluations,
         solver=path.outcome,
         outcome=outcome,
@@ -204,6 +245,7 @@ def hessian_free(
     max_steps: int = 100,
     tolerance: float = 5e-4,
     momentum: float = 0.95,
+    preconditioner: Preconditioner | None = None,
 ) -> SecondOrder:
     """Hessian-free optimisation (Martens, 2010): Gauss-Newton by conjugate gradients, adaptively damped.
 
@@ -213,6 +255,7 @@ def hessian_free(
         max_steps: conjugate-gradient iterations a step at most.
         tolerance: of the relative progress that ends them.
         momentum: the share of the previous solution they start from.
+        preconditioner: of the conjugate gradients.
 
     >>> from torch import nn
     >>> from quadric.loss.loss import SquaredError
@@ -223,9 +266,74 @@ def hessian_free(
     >>> bool(torch.allclose(model.weight, torch.ones(1, 2), atol=1e-3))
     True
     """
+    solver = ConjugateGradient(max_steps, RelativeProgress(tolerance), pairs=_pairs_of(preconditioner))
     return SecondOrder(
         params,
-        descent=NewtonCG(ConjugateGradient(max_steps, RelativeProgress(tolerance)), momentum),
+        descent=NewtonCG(solver, momentum),
         search=Backtracking(),
         damping=LevenbergMarquardt(damping),
+        preconditioner=preconditioner,
     )
+
+
+def natural_gradient(
+    params: Iterable[Any],
+    *,
+    iterations: int = 8,
+    metric: Curvature = Curvature.EMPIRICAL_FISHER,
+    damping: Damping | None = None,
+    search: Search | None = None,
+    preconditioner: Preconditioner | None = None,
+) -> SecondOrder:
+    """Natural gradient by a short run of conjugate gradients on F d = -g (Haider and Woodland, 2017).
+
+    Args:
+        params: the model's parameters.
+        iterations: of conjugate gradients.
+        metric: F.
+        damping: the rule of lambda; default: none, as in the papers, until a step is rejected.
+        search: among the iterates; default: the best on the curvature's data.
+        preconditioner: of the conjugate gradients.
+    """
+    solver = ConjugateGradient(iterations, FixedIterations(iterations), EVERY_ITERATE, _pairs_of(preconditioner))
+    return SecondOrder(
+        params,
+        descent=NewtonCG(solver, momentum=0.0, kind=metric),
+        search=search or BestIterate(),
+        damping=damping or AfterRejection(),
+        preconditioner=preconditioner,
+    )
+
+
+def nghf(
+    params: Iterable[Any],
+    *,
+    iterations: int = 8,
+    metric: Curvature = Curvature.EMPIRICAL_FISHER,
+    damping: Damping | None = None,
+    search: Search | None = None,
+    preconditioner: Preconditioner | None = None,
+) -> SecondOrder:
+    """Natural gradient and Hessian-free combined by two short runs of conjugate gradients (Haider et al., 2021).
+
+    Args:
+        params: the model's parameters.
+        iterations: of either run; 5 to 8 in the paper.
+        metric: F of the first run.
+        damping: the rule of lambda in either run; default: none, as in the paper, until a step is rejected.
+        search: among the second run's iterates; default: the best on the curvature's data.
+        preconditioner: of both runs.
+    """
+    first = ConjugateGradient(iterations, FixedIterations(iterations))
+    second = replace(first, storage_ratio=EVERY_ITERATE, pairs=_pairs_of(preconditioner))
+    return SecondOrder(
+        params,
+        descent=NGHF(first, second, metric=metric),
+        search=search or BestIterate(),
+        damping=damping or AfterRejection(),
+        preconditioner=preconditioner,
+    )
+
+
+def _pairs_of(preconditioner: Preconditioner | None) -> PairSelection | None:
+    return None if preconditioner is None else preconditioner.pairs
