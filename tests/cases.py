@@ -27,7 +27,7 @@ from quadric.objective.curvature import CurvatureOperator
 from quadric.objective.objective import Objective
 from quadric.optim.damping import AfterRejection, Damping, Fixed, LevenbergMarquardt
 from quadric.optim.descent import NGHF, Descent, NewtonCG
-from quadric.optim.precondition import LBFGS, Preconditioner
+from quadric.optim.precondition import LBFGS, FisherDiagonal, Preconditioner, SharedCounts
 from quadric.optim.search import Backtracking, BestIterate, Search
 from quadric.optim.second_order import SecondOrder, hessian_free, natural_gradient, nghf
 from quadric.space import ParameterSpace
@@ -163,7 +163,11 @@ DAMPINGS: dict[type[Damping], Callable[[], Damping]] = {
 }
 SEARCHES: dict[type[Search], Callable[[], Search]] = {Backtracking: Backtracking, BestIterate: BestIterate}
 DESCENTS: dict[type[Descent], Callable[[], Descent]] = {NewtonCG: NewtonCG, NGHF: NGHF}
-PRECONDITIONERS: dict[type[Preconditioner], Callable[[], Preconditioner]] = {LBFGS: LBFGS}
+PRECONDITIONERS: dict[type[Preconditioner], Callable[[], Preconditioner]] = {
+    LBFGS: LBFGS,
+    FisherDiagonal: FisherDiagonal,
+    SharedCounts: SharedCounts,
+}
 
 
 def _undamped(params: Iterable[Any]) -> SecondOrder:
@@ -176,6 +180,8 @@ OPTIMISERS: dict[str, Callable[[Iterable[Any]], torch.optim.Optimizer]] = {
     "hessian_free, eager": lambda params: hessian_free(params, damping=10.0, max_steps=5, momentum=0.5),
     "newton_cg, fixed damping": _undamped,
     "hessian_free, L-BFGS": lambda params: hessian_free(params, damping=0.1, max_steps=8, preconditioner=LBFGS()),
+    "hessian_free, diagonal": lambda params: hessian_free(params, damping=0.1, preconditioner=FisherDiagonal()),
     "natural_gradient": natural_gradient,
     "nghf": nghf,
+    "nghf, shared counts": lambda params: nghf(params, preconditioner=SharedCounts()),
 }

@@ -22,6 +22,7 @@ from quadric.linalg.vector import dot
 from quadric.loss.loss import Loss
 from quadric.objective.curvature import Curvature, CurvatureOperator, Linearisation, RecordedGradient
 from quadric.objective.layers import linearisable, twice_differentiable
+from quadric.objective.sharing import uses_per_frame
 from quadric.space import ParameterSpace
 
 MicroBatch = Sequence[Any]
@@ -111,6 +112,36 @@ class Objective:
         batches = [partial(record, leaves, *batch) for batch in self._stream(self._curvature)]
         recorded = _retained(batches, self._free() if self.memory is None else self.memory)
         return CurvatureOperator(self.space, recorded, self.curvature_frames, math.sqrt(dot(theta, theta)))
+
+    def fisher_diagonal(self, theta: Float[Tensor, " n"], draws: int = 4) -> Float[Tensor, " n"]:
+        """An unbiased estimate of the diagonal of the empirical Fisher matrix, on the curvature's data.
+
+        With a random sign s_f for every frame f, the square of J' (s_f u_f) has the sum of the squares of the frames'
+        own gradients as its expectation (Martens, Sutskever and Swersky, 2012, use such signs for the Hessian's): one
+        reverse pass per draw, and none per frame.
+
+        Args:
+            theta: the point.
+            draws: of signs; the deviation is about sqrt(2 / draws) of each entry for one micro-batch, less for more.
+        """
+        total, leaves = torch.zeros_like(theta), self._leaves(theta)
+        parameters = tuple(leaves.values())
+        for inputs, target, seed in self._stream(self._curvature):
+            with torch.enable_grad():
+                output = self._output(inputs, seed, leaves)
+                (u,) = torch.autograd.grad(self.loss(output, target), output, retain_graph=True)
+            generator = torch.Generator(u.device).manual_seed(seed)
+            for _ in range(draws):
+                sign = torch.randint(2, (*u.shape[:-1], 1), generator=generator, device=u.device) * 2 - 1
+                pulled = torch.autograd.grad(output, parameters, u * sign, retain_graph=True, materialize_grads=True)
+                total += self.space.flatten(pulled).square_()
+        return total / (draws * self.curvature_frames)
+
+    def shared_counts(self, theta: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """How often each parameter is used for one frame, measured on the first micro-batch (see `sharing`)."""
+        inputs, _, seed = next(self._stream(self._curvature))
+        counts = uses_per_frame(lambda leaves: self._output(inputs, seed, leaves), self._leaves(theta))
+        return self.space.flatten(torch.full_like(view, counts[name]) for name, view in self.space.views(theta).items())
 
     def _linearise(
         self, kind: Curvature, leaves: Mapping[str, Tensor], inputs: Tensor, target: Any, seed: int

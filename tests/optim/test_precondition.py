@@ -1,0 +1,144 @@
+"""Preconditioners: what they measure, against explicit per-frame gradients and known numbers of uses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import cases
+from cases import draw, padded_classes
+from quadric.linalg.krylov import ConjugateGradient
+from quadric.linalg.operator import LinearOperator
+from quadric.linalg.pairs import Pair
+from quadric.linalg.truncation import Residual
+from quadric.loss.loss import CrossEntropy, SquaredError
+from quadric.model.acoustic import TDNN
+from quadric.objective.curvature import Curvature
+from quadric.objective.objective import Objective
+from quadric.optim.descent import LocalModel
+from quadric.optim.precondition import FisherDiagonal, Preconditioner, SharedCounts
+from reference import dense
+
+
+def problem() -> Objective:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+    return Objective(model, CrossEntropy(), [(draw(4, 9, 3), padded_classes(9, 4, [9, 7, 8, 9]))])
+
+
+def local(objective: Objective) -> LocalModel:
+    theta = objective.space.point()
+    return LocalModel(theta, *objective.value_and_grad(theta), objective.curvature(theta))
+
+
+@pytest.mark.parametrize("build", cases.PRECONDITIONERS.values(), ids=lambda kind: kind.__name__)
+def test_every_inverse_is_symmetric_and_positive_definite(build: type[Preconditioner]) -> None:
+    objective = problem()
+    model = local(objective)
+    pairs = tuple(Pair(i + 1, v, model.curvature @ v) for i, v in enumerate(draw(3, len(model.theta))))
+    inverse = build().operator(objective, model, pairs, 0.1)
+    assert isinstance(inverse, LinearOperator) and inverse.symmetric
+    matrix = dense.matrix_of(inverse)
+    torch.testing.assert_close(matrix, matrix.T)
+    assert float(torch.linalg.eigvalsh(matrix).min()) > 0
+
+
+def test_the_diagonal_is_the_mean_square_of_the_frames_gradients() -> None:
+    objective = problem()
+    theta = objective.space.point()
+    exact = dense.matrix_of(objective.curvature(theta, Curvature.EMPIRICAL_FISHER)).diagonal()
+    found = objective.fisher_diagonal(theta, draws=4000)
+    torch.testing.assert_close(found, exact, rtol=0.15, atol=1e-6)
+    assert torch.equal(objective.fisher_diagonal(theta, 3), objective.fisher_diagonal(theta, 3))
+
+
+def test_the_diagonal_is_exact_for_one_frame_per_micro_batch() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 4).double()
+    data = [(draw(1, 3, seed=s), torch.tensor([s % 4])) for s in range(6)]
+    objective = Objective(model, CrossEntropy(), data)
+    theta = objective.space.point()
+    expected = dense.matrix_of(objective.curvature(theta, Curvature.EMPIRICAL_FISHER)).diagonal()
+    torch.testing.assert_close(objective.fisher_diagonal(theta, 1), expected, rtol=1e-10, atol=1e-14)
+    inverse = FisherDiagonal(floor=1e-300).operator(objective, local(objective), (), 0.3)
+    assert isinstance(inverse, LinearOperator)
+    torch.testing.assert_close(inverse @ torch.ones_like(theta), (expected + 0.3) ** -0.75, rtol=1e-10, atol=0)
+
+
+def test_a_diagonal_system_is_solved_sooner() -> None:
+    """Features of very different sizes."""
+    torch.manual_seed(0)
+    model = nn.Linear(60, 1).double()
+    x = draw(600, 60) * torch.logspace(-1.5, 1.5, 60, dtype=torch.float64)
+    objective = Objective(model, SquaredError(), [(x, draw(600, 1, seed=1))])
+    quadratic, solver = local(objective), ConjugateGradient(2000, Residual(1e-6))
+    A = quadratic.curvature + 1e-3 * cases.Identity(len(quadratic.theta))
+    steps = {
+        M is None: solver.solve(A, -quadratic.gradient, M=M).steps
+        for M in (None, FisherDiagonal(exponent=1.0, draws=20).operator(objective, quadratic, (), 1e-3))
+    }
+    assert steps[False] < 0.6 * steps[True], steps
+
+
+class Stack(nn.Module):
+    def __init__(self, layer: nn.Module, size: int) -> None:
+        super().__init__()
+        self.layer, self.out = layer, nn.Linear(size, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.layer(x)[0])
+
+
+def counts(model: nn.Module, frames: int, features: int) -> dict[str, float]:
+    model = model.double()
+    outputs = model(draw(2, frames, features)).shape[1]
+    objective = Objective(model, CrossEntropy(), [(draw(2, frames, features), torch.zeros(2, outputs).long())])
+    vector = objective.shared_counts(objective.space.point())
+    return {name: float(view.flatten()[0]) for name, view in objective.space.views(vector).items()}
+
+
+def test_uses_of_a_time_delay_network_are_those_of_its_tree() -> None:
+    """Two offsets a layer make a binary tree: 1, 1, 2, 4, 8 places from the top, of which two fall together."""
+    offsets = ((-2, -1, 0, 1, 2), (-1, 2), (-3, 3), (-7, 2), (0,))
+    model = TDNN(3, 4, (6,) * 5, offsets=offsets, activation="tanh")
+    found = counts(model, model.left_context + 9 + model.right_context, 3)
+    assert [found[name] for name in found if name.endswith("weight")] == [7, 4, 2, 1, 1, 1]
+
+
+@pytest.mark.parametrize("layer", [nn.RNN, nn.LSTM, nn.GRU])
+def test_uses_of_a_recurrent_layer_are_its_steps(layer: type[nn.RNN | nn.LSTM | nn.GRU]) -> None:
+    found = counts(Stack(layer(3, 5, batch_first=True), 5), 11, 3)
+    assert {found[name] for name in found if name.startswith("layer")} == {6.0}  # the middle frame is the sixth
+    assert found["out.weight"] == found["out.bias"] == 1.0
+
+
+def test_a_tied_layer_counts_every_use() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tied, self.out = nn.Linear(3, 3), nn.Linear(3, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(torch.tanh(self.tied(torch.tanh(self.tied(x)))))
+
+    assert counts(Twice(), 5, 3) == {"tied.weight": 2.0, "tied.bias": 2.0, "out.weight": 1.0, "out.bias": 1.0}
+
+
+def test_shared_counts_divide() -> None:
+    torch.manual_seed(0)
+    model = Stack(nn.RNN(3, 5, batch_first=True), 5).double()
+    objective = Objective(model, CrossEntropy(), [(draw(2, 7, 3), torch.zeros(2, 7).long())])
+    theta = objective.space.point()
+    inverse = SharedCounts().operator(objective, local(objective), (), 0.0)
+    assert isinstance(inverse, LinearOperator)
+    torch.testing.assert_close(inverse @ objective.shared_counts(theta), torch.ones_like(theta))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [(lambda: FisherDiagonal(exponent=0.0), "exponent=0.0"), (lambda: FisherDiagonal(draws=0), "draws=0")],
+)
+def test_misuse(build: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()  # type: ignore[operator]
