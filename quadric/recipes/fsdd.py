@@ -31,7 +31,9 @@ def fsdd(data: Path, seed: int = 0) -> Job:
             "tdnn", (256,) * 3, offsets=((-2, -1, 0, 1, 2), (-3, 0, 3), (-6, 0, 6)), dropout=0.2, norm="none"
         ),
         adam=FirstOrder(epochs=2),
-        hessian_free=HessianFree(epochs=0.5, gradient_frames=80_000, curvature_frames=6_000, max_steps=30),
+        hessian_free=HessianFree(
+            epochs=0.5, gradient_frames=60_000, curvature_frames=10_000, damping=0.3, max_steps=10
+        ),
         decoding=Decoding(lm_weights=(3.0, 5.0, 8.0, 12.0), word_penalties=(-1.0, 0.0, 1.0)),
         seed=seed,
     )

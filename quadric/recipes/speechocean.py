@@ -31,7 +31,7 @@ def speechocean(data: Path, seed: int = 0) -> Job:
         network=Network("tdnn", (512,) * 5, dropout=0.1),
         chunk=80,
         adam=FirstOrder(epochs=3, gradient_frames=1024),
-        hessian_free=HessianFree(epochs=0.8, gradient_frames=150_000, curvature_frames=5_000, max_steps=40),
+        hessian_free=HessianFree(epochs=1, gradient_frames=120_000, curvature_frames=10_000, max_steps=12),
         decoding=Decoding(11.0, 2000, lm_weights=(7.0, 10.0, 13.0), word_penalties=(0.0, 1.0), sweep_utterances=80),
         autocast=True,
         seed=seed,
