@@ -217,9 +217,8 @@ def main() -> None:
     torch.set_num_threads(chosen.threads)
     warnings.filterwarnings("ignore")
     table = []
-    print(
-        "| model | method | ratio to gradient | ms | gradient ms | set-up ms | difference |\n|---|---|---|---|---|---|---|"
-    )
+    print("| model | method | ratio to gradient | ms | gradient ms | set-up ms | difference |")
+    print("|---|---|---|---|---|---|---|")
     for name in chosen.models:
         for row in rows(name, chosen.rounds, torch.device(chosen.device)):
             table.append(row)
