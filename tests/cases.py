@@ -28,6 +28,7 @@ from quadric.objective.objective import Objective
 from quadric.optim.damping import AfterRejection, Damping, Fixed, LevenbergMarquardt
 from quadric.optim.descent import NGHF, Descent, NewtonCG
 from quadric.optim.precondition import LBFGS, FisherDiagonal, Preconditioner, SharedCounts
+from quadric.optim.sampling import FixedSizes, GeometricSizes, Sampler, VarianceTested
 from quadric.optim.search import Backtracking, BestIterate, Search
 from quadric.optim.second_order import SecondOrder, hessian_free, natural_gradient, nghf
 from quadric.space import ParameterSpace
@@ -111,6 +112,11 @@ CONJUGATIONS: dict[type[Conjugation], Callable[[], Conjugation]] = {
 PAIR_SELECTIONS: dict[type[PairSelection], Callable[[int], PairSelection]] = {
     LastPairs: LastPairs,
     SpreadPairs: SpreadPairs,
+}
+SAMPLERS: dict[type[Sampler], Callable[[], Sampler]] = {
+    FixedSizes: lambda: FixedSizes(1000, 100),
+    GeometricSizes: lambda: GeometricSizes(200, 20),
+    VarianceTested: lambda: VarianceTested(200),
 }
 TRUNCATIONS: dict[type[Truncation], Callable[[], Truncation]] = {
     truncation.RelativeProgress: truncation.RelativeProgress,

@@ -23,6 +23,7 @@ from quadric.loss.loss import Loss
 from quadric.optim.damping import Damping
 from quadric.optim.descent import Descent
 from quadric.optim.precondition import Preconditioner
+from quadric.optim.sampling import Sampler
 from quadric.optim.search import Search
 
 TABLES = {
@@ -32,6 +33,7 @@ TABLES = {
     PairSelection: cases.PAIR_SELECTIONS,
     Loss: cases.LOSSES,
     Damping: cases.DAMPINGS,
+    Sampler: cases.SAMPLERS,
     Search: cases.SEARCHES,
     Descent: cases.DESCENTS,
     Preconditioner: cases.PRECONDITIONERS,

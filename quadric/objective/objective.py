@@ -78,6 +78,8 @@ class Objective:
         self._gradient = gradient
         self._curvature = gradient if curvature is None else curvature
         self._autocast = autocast
+        self.gradient_noise = math.nan
+        """The standard error of the last gradient over its norm, told by its micro-batches; NaN where there is one."""
         self.frames = self._weigh("gradient", self._gradient)
         self.curvature_frames = self._weigh("curvature", self._curvature)
 
@@ -92,14 +94,18 @@ class Objective:
         return total / (self.frames if on_gradient else self.curvature_frames)
 
     def value_and_grad(self, theta: Float[Tensor, " n"]) -> tuple[float, Float[Tensor, " n"]]:
-        """The mean loss and its gradient at ``theta``."""
+        """The mean loss and its gradient at ``theta``; `gradient_noise` is then known."""
         total, gradient = 0.0, torch.zeros_like(theta)
-        leaves = self._leaves(theta)
+        leaves, noise = self._leaves(theta), _Noise(theta)
         for inputs, target, seed in self._stream(self._gradient):
             value = self.loss(self._output(inputs, seed, leaves, moving=True), target)
-            gradient += self.space.flatten(torch.autograd.grad(value, tuple(leaves.values()), materialize_grads=True))
+            one = self.space.flatten(torch.autograd.grad(value, tuple(leaves.values()), materialize_grads=True))
+            noise.add(one, float(self.loss.weight(target)))
+            gradient += one
             total += float(value.detach())
-        return total / self.frames, gradient / self.frames
+        gradient /= self.frames
+        self.gradient_noise = noise.relative_to(gradient)
+        return total / self.frames, gradient
 
     def curvature(self, theta: Float[Tensor, " n"], kind: Curvature = Curvature.GAUSS_NEWTON) -> CurvatureOperator:
         """The curvature at ``theta`` on the curvature's data, recorded once for every product.
@@ -271,6 +277,33 @@ class _Weighed(torch.autograd.graph.saved_tensors_hooks):
         storage = saved.untyped_storage()
         self._storages[storage.data_ptr()] = storage.nbytes()
         return saved
+
+
+class _Noise:
+    """The variance of a mean gradient, from the sums G_b over w_b frames of its micro-batches.
+
+    With g = sum G_b / W, the micro-batches taken as B independent draws: E||g - E g||^2 is estimated by
+    B / (B - 1) sum_b ||G_b - w_b g||^2 / W^2.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self.batches, self.squares, self.weights, self.total = 0, 0.0, 0.0, 0.0
+        self.weighted = torch.zeros_like(like)
+
+    def add(self, gradient: Tensor, weight: float) -> None:
+        self.batches += 1
+        self.squares += dot(gradient, gradient)
+        self.weights += weight * weight
+        self.weighted.add_(gradient, alpha=weight)
+        self.total += weight
+
+    def relative_to(self, mean: Tensor) -> float:
+        norm = dot(mean, mean)
+        if self.batches < 2 or not norm > 0:
+            return math.nan
+        spread = self.squares - 2 * dot(self.weighted, mean) + self.weights * norm
+        variance = self.batches / (self.batches - 1) * max(spread, 0.0) / self.total**2
+        return math.sqrt(variance / norm)
 
 
 @contextmanager
