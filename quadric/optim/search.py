@@ -91,7 +91,8 @@ class Backtracking(Search):
             if attempt:
                 scale *= self.shrink
                 best = at(scale * point.x)
-            if best <= local.value + self.sufficient * scale * min(slope, 0.0) and best < local.value:
+            # The second: where the slope is not negative, the first allows a rise.
+            if best <= local.value + self.sufficient * scale * slope and best < local.value:
                 return Step(scale * point.x, best, point.model, index, scale)
         return None
 

@@ -96,6 +96,16 @@ def test_none_when_nothing_lowers_the_objective() -> None:
     assert len(rising.asked) == 7
 
 
+@pytest.mark.parametrize(("point", "taken"), [(1.0, None), (2.0, None), (4.0, 1.0), (6.0, 0.5)])
+def test_where_the_slope_is_positive_a_step_must_still_lower_the_objective(point: float, taken: float | None) -> None:
+    """A hill and then a valley: Armijo's rule with this slope would allow a rise of up to 4.5 at the first point."""
+    valley = {0.0: 5.0, 1.0: 7.0, 2.0: 5.0, 3.0: 4.0, 4.0: 3.0, 6.0: 6.0}
+    value = Recorded(lambda x: valley.get(x, 5.5))
+    step = Backtracking(sufficient=0.9).select(local(value.f, 0.0, 5.0), path(point), value)
+    assert (step and step.scale) == taken
+    assert step is None or step.value < 5.0
+
+
 def test_an_equal_value_is_no_step() -> None:
     assert Backtracking(attempts=5).select(local(lambda x: 1.0, 0.0, 0.0), path(1.0), Recorded(lambda x: 1.0)) is None
 
