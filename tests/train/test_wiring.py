@@ -1,0 +1,342 @@
+"""Every option of a job reaches the part that it is meant for: with stand-ins for the parts, in no time."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from quadric.data.augment import SpecAugment
+from quadric.data.stream import FrameStream
+from quadric.linalg.krylov import ConjugateGradient
+from quadric.linalg.truncation import RelativeProgress
+from quadric.loss.loss import CrossEntropy
+from quadric.optim.damping import LevenbergMarquardt
+from quadric.optim.descent import NewtonCG
+from quadric.optim.second_order import SecondOrder
+from quadric.progress import silent
+from quadric.recipes import digits
+from quadric.speech.corpus import Corpus, Utterance
+from quadric.speech.decoding import Hypothesis
+from quadric.speech.features import Fbank
+from quadric.speech.normalisation import Normalisation
+from quadric.speech.scoring import read_text
+from quadric.speech.topology import Tying, monophone
+from quadric.train import checkpoint, pipeline
+from quadric.train.flat_start import Aligned
+from quadric.train.pipeline import Units
+from quadric.train.prepare import Prepared
+from quadric.train.recipe import Decoding, FirstOrder, HessianFree, Job, Method, Network
+from quadric.train.stages import Stages
+from quadric.train.system import Front
+from quadric.train.trainer import Plan, Trainer
+from reference.toy_language import LEXICON, triphone
+
+pytestmark = pytest.mark.speech
+
+MONO = monophone(LEXICON.phones)
+FIRST_ORDER = FirstOrder(
+    epochs=2.5, gradient_frames=70, optimizer=torch.optim.RMSprop, lr=0.5, weight_decay=0.25, warmup=0.2, floor=0.1
+)
+HESSIAN_FREE = HessianFree(
+    epochs=1.5, gradient_frames=90, curvature_frames=30, damping=0.3, max_steps=7, tolerance=0.01, momentum=0.4
+)
+
+
+def defaults(kind: type) -> dict[str, Any]:
+    """Of the options of ``kind`` that have one."""
+    return {
+        option.name: option.default if option.default_factory is dataclasses.MISSING else option.default_factory()
+        for option in dataclasses.fields(kind)
+        if (option.default, option.default_factory) != (dataclasses.MISSING, dataclasses.MISSING)
+    }
+
+
+def job(**options: Any) -> Job:
+    """A job none of whose options for training is what it is by itself."""
+    return replace(
+        digits(),
+        network=Network("tdnn", (6,), offsets=((-2, 0, 1),), norm="none", dropout=0.3, activation="tanh"),
+        augment=SpecAugment(1, 2, 1, 3),
+        chunk=7,
+        autocast=True,
+        seed=11,
+        adam=FIRST_ORDER,
+        hessian_free=HESSIAN_FREE,
+        **options,
+    )
+
+
+def corpus(name: str, count: int) -> Corpus:
+    return Corpus(name, tuple(Utterance(f"{name}{i:02d}", f"speaker{i % 2}", ("A", "B")) for i in range(count)))
+
+
+def prepared(tying: Tying = MONO) -> tuple[Prepared, Units]:
+    """Sets of noise, of each of which one utterance has no alignment."""
+    rng = np.random.default_rng(3)
+    corpora = {split: corpus(split, 5) for split in ("train", "dev", "test")}
+    features = {
+        split: {u.id: rng.normal(size=(20 + i, 4)).astype(np.float32) for i, u in enumerate(utterances)}
+        for split, utterances in corpora.items()
+    }
+    train, dev = (
+        {id: rng.integers(0, tying.num_pdfs, len(rows)) for id, rows in list(features[split].items())[1:]}
+        for split in ("train", "dev")
+    )
+    front = Front(Fbank(), Normalisation())
+    ready = Prepared(corpora, corpora["train"], features, front, LEXICON, Path("lm.arpa"), {})
+    return ready, Units(tying, train, dev, Path("graph.fst"))
+
+
+def recording(kind: Callable[..., Any], calls: list[dict[str, Any]], result: Callable[..., Any]) -> Callable[..., Any]:
+    """Stands in for ``kind``: notes the arguments of a call by their names, and gives what ``result`` does."""
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        calls.append(dict(inspect.signature(kind).bind(*args, **kwargs).arguments))
+        return result(*args, **kwargs)
+
+    return called
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+class Untrained:
+    """Stands in for a `Trainer`."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def fit(self, *, progress: object, what: str) -> Mapping[str, float]:
+        return {"loss": 1.0, "accuracy": 0.5}
+
+
+@pytest.mark.parametrize("method", [FIRST_ORDER, HESSIAN_FREE], ids=["first order", "Hessian-free"])
+def test_a_training_is_given_all_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: Method) -> None:
+    streams: list[dict[str, Any]] = []
+    trainings: list[dict[str, Any]] = []
+    monkeypatch.setattr(pipeline, "FrameStream", recording(FrameStream, streams, FrameStream))
+    monkeypatch.setattr(pipeline, "Trainer", recording(Trainer, trainings, Untrained))
+    chosen, (ready, units) = job(), prepared()
+    for name in ("network", "augment", "chunk", "autocast", "seed"):
+        assert getattr(chosen, name) != defaults(Job)[name]
+    folder = pipeline._trained(chosen, "a name", method, ready, units, Stages(tmp_path), silent)
+    (training,), (train, held_out) = trainings, streams
+
+    torch.manual_seed(chosen.seed)
+    model = chosen.network.build(4, MONO.num_pdfs)
+    assert np.ptp(units.log_prior) > 0.5
+    model.initialise_output_bias(torch.from_numpy(units.log_prior))
+    assert training["model"].state_dict().keys() == model.state_dict().keys()
+    for key, value in training["model"].state_dict().items():
+        assert torch.equal(value, model.state_dict()[key]), key
+
+    seen = {
+        split: {id: ready.features[split][id] for id in targets}
+        for split, targets in (("train", units.train), ("dev", units.dev))
+    }
+    assert train == {
+        "features": seen["train"],
+        "targets": units.train,
+        "context": (2, 1),
+        "chunk": 7,
+        "seed": 11,
+        "transform": chosen.augment,
+    }
+    assert held_out == {"features": seen["dev"], "targets": units.dev, "context": (2, 1), "chunk": None}
+
+    plan = Plan(method.epochs, method.gradient_frames, method.curvature_frames, autocast=True, seed=11)
+    assert training["plan"] == plan and training["folder"] == folder and folder.name.startswith("a name-")
+    assert isinstance(training["loss"], CrossEntropy) and training["schedule"] == method.schedule
+    assert type(training["optimizer"]) is type(method.build(model.parameters()))
+    stepped = [p for group in training["optimizer"].param_groups for p in group["params"]]
+    assert list(map(id, stepped)) == list(map(id, training["model"].parameters()))
+    assert training["stream"].total_frames == sum(map(len, units.train.values()))
+    assert training["held_out"].total_frames == sum(map(len, units.dev.values()))
+
+
+@pytest.mark.parametrize(
+    ("part", "other"),
+    [
+        ("network", Network("tdnn", (5,), offsets=((-2, 0, 1),))),
+        ("augment", None),
+        ("chunk", 8),
+        ("autocast", False),
+        ("seed", 12),
+    ],
+)
+def test_a_training_told_otherwise_is_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, other: object
+) -> None:
+    monkeypatch.setattr(pipeline, "Trainer", Untrained)
+    (ready, units), stages = prepared(), Stages(tmp_path)
+    first, again, changed = (
+        pipeline._trained(chosen, "name", FIRST_ORDER, ready, units, stages, silent)
+        for chosen in (job(), job(), replace(job(), **{part: other}))
+    )
+    assert first == again != changed
+
+
+def test_a_first_order_optimiser_has_its_options() -> None:
+    assert all(getattr(FIRST_ORDER, name) != value for name, value in defaults(FirstOrder).items())
+    parameter = nn.Parameter(torch.zeros(3))
+    optimizer = FIRST_ORDER.build([parameter])
+    assert type(optimizer) is torch.optim.RMSprop
+    (group,) = optimizer.param_groups
+    assert group["params"] == [parameter]
+    assert (group["lr"], group["weight_decay"]) == (0.5, 0.25)
+    schedule, rates = FIRST_ORDER.schedule(optimizer, 50), []
+    for _ in range(50):
+        rates.append(group["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[0] == pytest.approx(0.5 / 10) and rates[9] == rates[10] == 0.5 == max(rates)
+    assert rates[30] == pytest.approx(0.5 * (0.1 + 0.9 / 2))  # halfway down
+    assert group["lr"] == pytest.approx(0.5 * 0.1)
+
+
+def test_a_hessian_free_optimiser_has_its_options() -> None:
+    assert all(getattr(HESSIAN_FREE, name) != value for name, value in defaults(HessianFree).items())
+    parameter = nn.Parameter(torch.zeros(3))
+    optimizer = HESSIAN_FREE.build([parameter])
+    assert isinstance(optimizer, SecondOrder)
+    assert optimizer.descent == NewtonCG(ConjugateGradient(7, RelativeProgress(0.01)), 0.4)
+    assert optimizer.rule == LevenbergMarquardt(0.3)
+    (group,) = optimizer.param_groups
+    assert group["params"] == [parameter] and group["damping"] == 0.3
+    other = torch.optim.SGD([parameter], lr=0.7)
+    schedule, rates = HESSIAN_FREE.schedule(other, 5), set()
+    for _ in range(5):
+        other.step()
+        schedule.step()
+        rates.add(other.param_groups[0]["lr"])
+    assert rates == {0.7}
+
+
+# ------------------------------------------------------------------------------------------------ realignment
+
+
+def test_a_realignment_is_by_the_trained_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tri = triphone(LEXICON.phones)
+    chosen, (ready, units) = job(), prepared(tri)
+    torch.manual_seed(0)
+    best = chosen.network.build(ready.dimension, tri.num_pdfs)
+    trained = tmp_path / "realign-1"
+    trained.mkdir()
+    checkpoint.save({"model": best.state_dict()}, trained / "model.pt")
+    trainings: list[dict[str, Any]] = []
+    alignments: list[dict[str, Any]] = []
+    rng = np.random.default_rng(5)
+    pdfs = {
+        split: {id: rng.integers(0, tri.num_pdfs, len(rows)).astype(np.int32) for id, rows in features.items()}
+        for split, features in (("train", ready.features["train"]), ("dev", ready.features["dev"]))
+    }
+    monkeypatch.setattr(pipeline, "_trained", recording(pipeline._trained, trainings, lambda *_: trained))
+    monkeypatch.setattr(pipeline, "viterbi", recording(pipeline.viterbi, alignments, lambda *_: pdfs))
+    before = Aligned(MONO, {"train00": np.zeros(20, np.int32)}, {"dev00": np.zeros(20, np.int32)})
+    after = pipeline._realigned(chosen, FIRST_ORDER, ready, before, units, Stages(tmp_path), silent)
+
+    (training,), (alignment,) = trainings, alignments
+    assert training["method"] is FIRST_ORDER and training["name"] == "realign" and training["units"] is units
+    assert (alignment["job"], alignment["prepared"], alignment["tying"]) == (chosen, ready, tri)
+    model = alignment["model"]
+    assert not model.training
+    for key, value in best.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value), key
+    np.testing.assert_array_equal(alignment["log_prior"], units.log_prior)
+    assert np.ptp(units.log_prior) > 0.5
+    assert after.tying is MONO
+    for split, found in (("train", after.train), ("dev", after.dev)):
+        assert found.keys() == pdfs[split].keys()
+        for id, row in found.items():
+            np.testing.assert_array_equal(MONO.phone_of_pdf[row], tri.phone_of_pdf[pdfs[split][id]])
+            np.testing.assert_array_equal(MONO.state_of_pdf[row], tri.state_of_pdf[pdfs[split][id]])
+
+
+# ------------------------------------------------------------------------------------------------ decoding
+
+
+@pytest.mark.parametrize(
+    ("utterances", "count", "places"),
+    [(10, 4, [0, 3, 6, 9]), (9, 3, [0, 4, 8]), (5, 5, [0, 1, 2, 3, 4]), (3, 9, [0, 1, 2]), (7, 1, [0])],
+)
+def test_a_part_of_a_corpus_is_spread_over_it(utterances: int, count: int, places: list[int]) -> None:
+    whole = corpus("dev", utterances)
+    part = pipeline._spread(whole, count)
+    assert part.name == whole.name
+    assert [u.id for u in part] == [whole.utterances[place].id for place in places]
+
+
+@dataclass(frozen=True)
+class Guessing:
+    """Stands in for a system: the further its weights are from 6 and 1, the more utterances it gets wrong."""
+
+    lm_weight: float = 10.0
+    word_penalty: float = 0.0
+    calls: list[object] = field(default_factory=list)
+
+    @property
+    def wrong(self) -> int:
+        return 2 + round(abs(self.lm_weight - 6) + 3 * abs(self.word_penalty - 1))
+
+    def likelihoods(self, features: Mapping[str, np.ndarray], *, autocast: bool) -> Mapping[str, np.ndarray]:
+        self.calls.append(autocast)
+        return features
+
+    def tuned(self, lm_weight: float, word_penalty: float) -> Guessing:
+        return replace(self, lm_weight=lm_weight, word_penalty=word_penalty)
+
+    def recognise(
+        self, decoder: object, scores: Mapping[str, np.ndarray], *, progress: object
+    ) -> dict[str, Hypothesis]:
+        self.calls.append((decoder, tuple(scores)))
+        words = [("A",)] * self.wrong + [("A", "B")] * len(scores)
+        return {id: Hypothesis(id, said, 0.0, True, 9) for id, said in zip(scores, words, strict=False)}
+
+
+def test_the_weights_with_the_fewest_errors_are_taken(tmp_path: Path) -> None:
+    decoding = Decoding(lm_weights=(3.0, 6.0, 9.0), word_penalties=(0.0, 1.0, 2.0), sweep_utterances=12)
+    ready, _ = prepared()
+    dev = corpus("dev", 23)
+    features = {"dev": {u.id: np.zeros((9, 4), np.float32) for u in dev}}
+    ready = replace(ready, corpora={**ready.corpora, "dev": dev}, features={**ready.features, **features})
+    out = tmp_path / "decoded"
+    out.mkdir()
+    system, decoder = Guessing(), object()
+    chosen = pipeline._tuned(job(decoding=decoding), ready, system, decoder, out, silent)  # type: ignore[arg-type]
+    assert (chosen.lm_weight, chosen.word_penalty) == (6.0, 1.0)
+    autocast, *decoded = system.calls
+    assert autocast is True
+    assert set(decoded) == {(decoder, tuple(u.id for u in dev.utterances[::2]))}
+    sweep = pipeline._sweep_of("a name", tmp_path)
+    assert sweep.chosen == (6.0, 1.0)
+    assert len(sweep.errors) == len(decoded) >= 5
+    for pair, errors in sweep.errors.items():
+        assert errors.deletions == errors.errors == system.tuned(*pair).wrong and errors.words == 24
+    assert json.loads((out / "sweep.json").read_text())["chosen"] == {"lm_weight": 6.0, "word_penalty": 1.0}
+
+
+def test_the_errors_reported_are_those_of_what_was_recognised(tmp_path: Path) -> None:
+    spoken = corpus("test", 6)
+    words = {u.id: u.words for u in spoken}
+    words |= {"test01": ("A",), "test02": ("A", "A"), "test03": ("A", "B", "B"), "test05": ()}
+    for split in ("dev", "test"):
+        pipeline.scoring.write_text(tmp_path / split / "text", words)
+        pipeline._write_decoded(tmp_path / split, spoken, words)
+    score = pipeline._scores(tmp_path)["test"]
+    total = score.total
+    assert (total.words, total.insertions, total.deletions, total.substitutions) == (12, 1, 3, 1)
+    assert (tmp_path / "test" / "wer").read_text().splitlines()[0] == "%WER 41.67 [ 5 / 12, 1 ins, 3 del, 1 sub ]"
+    assert {speaker: errors.errors for speaker, errors in score.per_speaker.items()} == {"speaker0": 1, "speaker1": 4}
+    counted = [line for line in (tmp_path / "test" / "per_utt").read_text().splitlines() if " #csid " in line]
+    assert sum(sum(map(int, line.split()[3:])) for line in counted) == 5
+    assert read_text(tmp_path / "test" / "ref") == {u.id: u.words for u in spoken}
