@@ -22,7 +22,7 @@ TINY = (
     "hessian_free.curvature_frames=1000",
     "hessian_free.max_steps=8",
     "hessian_free.damping=0.1",
-    "decoding.lm_weights=[3,6]",
+    "decoding.lm_weights=[3,6,60]",
     "decoding.word_penalties=[0]",
     "jobs=1",
 )

@@ -26,7 +26,7 @@ from quadric.speech.alignment import load_alignments, save_alignments
 from quadric.speech.corpus import Corpus, read_data_dir
 from quadric.speech.ctm import Token, read_ctm, word_segments, word_start_errors, word_tokens
 from quadric.speech.lexicon import Lexicon
-from quadric.speech.scoring import read_text
+from quadric.speech.scoring import read_text, write_text
 from quadric.speech.synthesis import DIGIT_LEXICON
 from quadric.speech.topology import Tying, monophone
 from quadric.train import checkpoint
@@ -178,11 +178,29 @@ def test_decoded_files(finished: Finished) -> None:
             assert len(re.findall(r" ?\(\S+-\S+\)$", (folder / name).read_text(), re.M)) == len(said)
         sweep = json.loads((finished.work / method / "decoded" / "sweep.json").read_text())
         errors = {(row["lm_weight"], row["word_penalty"]): row for row in sweep["tried"]}
-        assert {(3.0, 0.0), (6.0, 0.0)} <= errors.keys()
+        assert {(3.0, 0.0), (6.0, 0.0), (60.0, 0.0)} <= errors.keys()
         counted = {
             pair: sum(row[k] for k in ("insertions", "deletions", "substitutions")) for pair, row in errors.items()
         }
-        assert counted[tuple(sweep["chosen"].values())] == min(counted.values())
+        assert counted[tuple(sweep["chosen"].values())] == min(counted.values()) < counted[60.0, 0.0]
+
+
+def test_the_report_tells_the_errors_of_what_was_decoded(finished: Finished, tmp_path: Path) -> None:
+    """Of a job whose words are made wrong by hand: its own are right."""
+    work = tmp_path / "digits"
+    shutil.copytree(finished.work, work, symlinks=True)
+    before = (work / "report.html").read_text()
+    for method, count in (("adam", 7), ("hessian_free", 5)):
+        decoded = work / method / "decoded"
+        words = read_text(decoded / "test" / "ref")
+        wrong = sorted(words)[:count]
+        write_text(decoded / "test" / "text", {id: said[1:] if id in wrong else said for id, said in words.items()})
+        total = sum(map(len, words.values()))
+        line = f"%WER {100 * count / total:.2f} [ {count} / {total}, 0 ins, {count} del, 0 sub ]"
+        rate = f'<span class="rate">{100 * count / total:.2f} %</span>'
+        assert line not in before and rate not in before
+        after = report(work).read_text()
+        assert after.count(line) == after.count(rate) == 1
 
 
 def test_what_is_done_is_not_done_again(finished: Finished, one_thread: object) -> None:
