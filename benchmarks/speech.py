@@ -1,6 +1,6 @@
 """Real-time factors, training speed and peak memory on a data directory with a trained system.
 
-    python benchmarks/speech.py exp/speechocean/adam/decoded/system PATH/speechocean762/data/dev --jobs 2
+    python benchmarks/speech.py exp/speechocean/adamw/decoded/system PATH/speechocean762/data/dev --jobs 2
 
 Prints seconds of work per second of audio for features, network and search, frames a second of training (forward and
 backward of the same network on the same features), and the largest resident memory of this process and of a worker.

@@ -110,7 +110,7 @@ def corpus(tmp_path: Path) -> Path:
 
 def train(corpus: Path, *more: object) -> tuple[object, ...]:
     """The arguments that train on ``corpus``, in few steps."""
-    few = ("hessian_free=none", "fbank.rate=8000", "adam.epochs=20")
+    few = ("hessian_free=none", "fbank.rate=8000", "first_order.epochs=20")
     data = (f"data={corpus}", f"lexicon={corpus / 'lexicon.txt'}")
     return ("train", "directory", *data, "--work", corpus.parent / "exp", *TINY, *few, *more)
 
@@ -161,7 +161,7 @@ def test_help(call: Call, command: list[str]) -> None:
 @pytest.mark.parametrize(
     ("overrides", "problem"),
     [
-        (["adam.lrr=1"], "adam.lrr: FirstOrder has no option 'lrr'; did you mean lr?"),
+        (["first_order.lrr=1"], "first_order.lrr: FirstOrder has no option 'lrr'; did you mean lr?"),
         (["utterance=4"], "recipe digits has no argument or option 'utterance'; did you mean utterances?"),
         (["hesian_free=none"], "did you mean hessian_free?"),
         (["zzz=1"], "--options lists what there is"),
@@ -169,13 +169,13 @@ def test_help(call: Call, command: list[str]) -> None:
         (["utterances"], "'utterances' has no '=': write option=value"),
         (["utterances=many"], "utterances=many: "),
         (["utterances=0"], "utterances=0"),
-        (["adam.lr=big"], "adam.lr=big: "),
+        (["first_order.lr=big"], "first_order.lr=big: "),
         (["unknown_words=skip"], "unknown_words=skip: Input should be 'error' or 'drop'"),
-        (["adam=fast"], "adam=fast: "),
-        (["adam.epochs=0"], "epochs=0.0: must be positive"),
+        (["first_order=fast"], "first_order=fast: "),
+        (["first_order.epochs=0"], "epochs=0.0: must be positive"),
         (["jobs=0"], "jobs=0"),
         (["seed=-1"], "seed=-1"),
-        (["adam=none", "hessian_free=none"], "leave at least one training in"),
+        (["first_order=none", "hessian_free=none"], "leave at least one training in"),
         (["fbank.high=9000"], "must lie between 0 and 8000 Hz"),
     ],
 )
@@ -190,15 +190,17 @@ def test_arguments_that_a_recipe_needs(call: Call) -> None:
 
 
 def test_the_listed_options_can_be_given(call: Call) -> None:
-    status, printed, _ = call("train", "digits", "adam.lr=0.5", "--options", "utterances=12", "hessian_free=none")
+    status, printed, _ = call(
+        "train", "digits", "first_order.lr=0.5", "--options", "utterances=12", "hessian_free=none"
+    )
     assert status == 0
     present = [line for line in printed.splitlines() if not line.startswith("# ")]
     absent = dict(line.removeprefix("# ").split("=", 1) for line in printed.splitlines() if line.startswith("# "))
     assert absent["tree.leaves"] == "600" and "hessian_free.damping" in absent
     listed = dict(line.split("=", 1) for line in present)
-    assert listed["adam.lr"] == "0.5" and listed["train.corpus.utterances"] == "[12, 2, 4]"
+    assert listed["first_order.lr"] == "0.5" and listed["train.corpus.utterances"] == "[12, 2, 4]"
     assert listed["hessian_free"] == "none"
-    job = override(digits(utterances=12), ["adam.lr=0.5", "hessian_free=none"])
+    job = override(digits(utterances=12), ["first_order.lr=0.5", "hessian_free=none"])
     given = [f"{key}={value}" for key, value in listed.items()]
     assert dict(options(job)).keys() == listed.keys()
     assert override(digits(), given) == job
@@ -308,7 +310,7 @@ def test_words_that_are_not_in_the_lexicon(call: Call, corpus: Path) -> None:
     assert "left out 2 of 24 utterances for 2 words that are not in the lexicon: {'NEVER': 2, 'EVER': 1}" in errors
     assert "test: 1 words are not in the lexicon and cannot be recognised: {'OTHER': 1}" in errors
     words = sum(len(line.split()) - 1 for line in (corpus / "test" / "text").read_text().splitlines())
-    assert re.search(rf"%WER \S+ \[ \d+ / {words}, .* adam test", printed)  # the test set stays whole
+    assert re.search(rf"%WER \S+ \[ \d+ / {words}, .* adamw test", printed)  # the test set stays whole
 
 
 def test_another_rate_and_too_short_for_its_words(call: Call, corpus: Path) -> None:
@@ -324,7 +326,7 @@ def test_another_rate_and_too_short_for_its_words(call: Call, corpus: Path) -> N
     sentence = "left out utterances too short for their words: 1 (u08: 13 frames, at least 24)"
     assert sentence in errors
     assert sentence in (corpus.parent / "exp" / "tones" / "log").read_text()
-    assert len(re.findall(r"%WER \S+ \[ \d+ / \d+, .*\] adam (?:dev|test)", printed)) == 2
+    assert len(re.findall(r"%WER \S+ \[ \d+ / \d+, .*\] adamw (?:dev|test)", printed)) == 2
     assert "report: " in printed
 
 
@@ -361,7 +363,7 @@ def test_a_full_disk(call: Call, corpus: Path, small_disk: Callable[[str], Path]
         found = re.search(rf"quadric: cannot write to {disk}/tones/(\S+): the disk is full: free some", errors)
         assert status == 1 and found, errors
         full.add(re.split("[-/]", found[1])[0])
-    assert full >= {"cache", "flat", "adam"}  # while caching features, aligning and training
+    assert full >= {"cache", "flat", "adamw"}  # while caching features, aligning and training
     assert printed.count("%WER") == 2
 
 
@@ -376,10 +378,10 @@ def test_decode_and_report(call: Call, corpus: Path, tmp_path: Path) -> None:
     assert status == 0, errors
     status, printed, _ = call("report", exp)
     assert (status, printed) == (0, f"report: {exp / 'report.html'}\n")
-    system, out = exp / "adam" / "system", tmp_path / "decoded"
+    system, out = exp / "adamw" / "system", tmp_path / "decoded"
     status, printed, _ = call("decode", system, corpus / "test", "--out", out, "--jobs", 1)
     assert status == 0
-    assert f"{printed.splitlines()[0]} adam test" in trained
+    assert f"{printed.splitlines()[0]} adamw test" in trained
     assert read_ctm(out / "hyp.ctm").keys() == {id for id, words in read_text(out / "text").items() if words}
     assert "lm_weight=0.0 must be positive" in call.refused(
         "decode", system, corpus / "test", "--out", out, "--lm-weight", 0
@@ -410,16 +412,16 @@ def test_damaged_files_are_named_with_the_remedy(call: Call, corpus: Path, tmp_p
     exp = corpus.parent / "exp" / "tones"
     status, trained, errors = call(*train(corpus))
     assert status == 0, errors
-    folder = (exp / "adam").resolve()
+    folder = (exp / "adamw").resolve()
     before = (folder / "metrics.jsonl").read_bytes()
     remedy = f"{folder} is damaged .*: delete it, and the same `quadric train` makes it again"
     (folder / "metrics.jsonl").unlink()
     assert re.match(remedy, call.refused("report", exp))
     (folder / "metrics.jsonl").write_bytes(before)
-    edit(exp / "adam" / "system" / "options.json", lambda text: text.replace('"inputs"', '"input"'))
-    refused = call.refused("decode", exp / "adam" / "system", corpus / "test", "--out", tmp_path / "out")
+    edit(exp / "adamw" / "system" / "options.json", lambda text: text.replace('"inputs"', '"input"'))
+    refused = call.refused("decode", exp / "adamw" / "system", corpus / "test", "--out", tmp_path / "out")
     assert "the system is damaged, or of another version of quadric (unknown option 'input')" in refused
-    for name in ("alignment", "bootstrap", "flat-start", "adam"):
+    for name in ("alignment", "bootstrap", "flat-start", "adamw"):
         (stage,) = exp.glob(f"{name}-*")
         for file in stage.rglob("*"):
             if file.suffix in (".ark", ".pt"):
@@ -427,7 +429,7 @@ def test_damaged_files_are_named_with_the_remedy(call: Call, corpus: Path, tmp_p
         if name != "alignment":  # made from what is damaged next
             for made in exp.glob("alignment-*"):
                 shutil.rmtree(made)
-        if name == "adam":
+        if name == "adamw":
             for made in exp.glob("flat-start-*"):
                 shutil.rmtree(made)
         status, _, errors = call(*train(corpus))

@@ -28,7 +28,7 @@ def an4(data: Path, seed: int = 0) -> Job:
         autocast=True,
         augment=SpecAugment(frequency_masks=0),
         network=Network("tdnn", (384,) * 4, offsets=((-2, -1, 0, 1, 2), (-3, 0, 3), (-6, 0, 6), (0,)), dropout=0.2),
-        adam=FirstOrder(epochs=12),
+        first_order=FirstOrder(epochs=12),
         hessian_free=HessianFree(epochs=8, gradient_frames=40_000, curvature_frames=6_000, damping=0.3, max_steps=12),
         decoding=Decoding(lm_weights=(3.0, 5.0, 8.0, 12.0), word_penalties=(-1.0, 0.0, 1.0)),
         seed=seed,

@@ -32,7 +32,7 @@ def digits(utterances: int = 600, seed: int = 0) -> Job:
             "tdnn", (256,) * 3, offsets=((-2, -1, 0, 1, 2), (-3, 0, 3), (-6, 0, 6)), dropout=0.1, norm="none"
         ),
         augment=SpecAugment(),
-        adam=FirstOrder(epochs=4, lr=2e-3),
+        first_order=FirstOrder(epochs=4, lr=2e-3),
         hessian_free=HessianFree(epochs=2, gradient_frames=40_000, curvature_frames=8_000, damping=0.3, max_steps=10),
         decoding=Decoding(lm_weights=(3.0, 5.0, 8.0, 12.0), word_penalties=(-1.0, 0.0, 1.0)),
         seed=seed,

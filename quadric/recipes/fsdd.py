@@ -30,7 +30,7 @@ def fsdd(data: Path, seed: int = 0) -> Job:
         network=Network(
             "tdnn", (256,) * 3, offsets=((-2, -1, 0, 1, 2), (-3, 0, 3), (-6, 0, 6)), dropout=0.2, norm="none"
         ),
-        adam=FirstOrder(epochs=2),
+        first_order=FirstOrder(epochs=2),
         hessian_free=HessianFree(
             epochs=0.5, gradient_frames=60_000, curvature_frames=10_000, damping=0.3, max_steps=10
         ),

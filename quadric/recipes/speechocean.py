@@ -30,7 +30,7 @@ def speechocean(data: Path, seed: int = 0) -> Job:
         tree=TreeOptions(leaves=800),
         network=Network("tdnn", (512,) * 5, dropout=0.1),
         chunk=80,
-        adam=FirstOrder(epochs=3, gradient_frames=1024),
+        first_order=FirstOrder(epochs=3, gradient_frames=1024),
         hessian_free=HessianFree(epochs=1, gradient_frames=120_000, curvature_frames=10_000, max_steps=12),
         decoding=Decoding(11.0, 2000, lm_weights=(7.0, 10.0, 13.0), word_penalties=(0.0, 1.0), sweep_utterances=80),
         autocast=True,

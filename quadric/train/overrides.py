@@ -1,4 +1,4 @@
-"""Dotted overrides: ``adam.lr=3e-4`` into a tree of frozen records, with types and suggestions."""
+"""Dotted overrides: ``first_order.lr=3e-4`` into a tree of frozen records, with types and suggestions."""
 
 from __future__ import annotations
 

@@ -5,7 +5,6 @@ A record's fields are its options; their docstrings are the manual.
 
 from __future__ import annotations
 
-import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR, LambdaLR, LRScheduler
 
@@ -90,6 +89,11 @@ class Method(ABC):
     def __post_init__(self) -> None:
         _check(self, epochs=_POSITIVE, gradient_frames=_POSITIVE)
 
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Of the training, in lines, folders and reports."""
+
     @abstractmethod
     def build(self, params: Iterable[nn.Parameter]) -> Optimizer:
         """The optimiser over ``params``."""
@@ -101,35 +105,61 @@ class Method(ABC):
 
 @dataclass(frozen=True)
 class FirstOrder(Method):
-    """Training by an optimiser of torch on minibatches, with a warm-up and a cosine decay of its rate.
+    """Training by any optimiser of torch on minibatches, with a warm-up and a cosine decay of its rate.
+
+    An update is ``optimizer.step(objective)``: one that evaluates its closure several times, such as LBFGS, does so on
+    one minibatch. The training has the name of the optimiser's class, in lower case.
 
     Attributes:
         epochs, gradient_frames: as in `Method`; ``gradient_frames`` is the minibatch.
         optimizer: a class such as ``torch.optim.AdamW`` or ``torch.optim.SGD``.
         lr: the highest learning rate.
-        weight_decay: as the optimiser means it.
+        weight_decay: as the optimiser means it; None: its own default.
+        arguments: whatever else it takes by name, such as ``{"momentum": 0.9}`` of SGD.
         warmup: the share of the updates over which the rate rises from zero.
         floor: the rate at the end, as a share of ``lr``.
     """
 
     optimizer: type[Optimizer] = torch.optim.AdamW
     lr: float = 1e-3
-    weight_decay: float = 1e-2
+    weight_decay: float | None = None
+    arguments: dict[str, Any] = field(default_factory=dict, hash=False)
     warmup: float = 0.05
     floor: float = 0.02
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(self, lr=_POSITIVE, weight_decay=_NOT_NEGATIVE, warmup=_SHARE, floor=_SHARE)
-        try:
-            inspect.signature(self.optimizer).bind([], lr=self.lr, weight_decay=self.weight_decay)
-        except TypeError as error:
-            raise ValueError(
-                f"optimizer={self.optimizer.__name__}: cannot be made with lr and weight_decay ({error}); name another"
-            ) from error
+        _check(self, lr=_POSITIVE, weight_decay=_NONE_OR_NOT_NEGATIVE, warmup=_SHARE, floor=_SHARE)
+        if self.optimizer is not torch.optim.AdamW or self.arguments:  # the first optimiser takes torch seconds to make
+            self._try()
+
+    @property
+    def name(self) -> str:
+        return self.optimizer.__name__.lower()
 
     def build(self, params: Iterable[nn.Parameter]) -> Optimizer:
-        return self.optimizer(params, lr=self.lr, weight_decay=self.weight_decay)  # type: ignore[call-arg]
+        decay: dict[str, Any] = {} if self.weight_decay is None else {"weight_decay": self.weight_decay}
+        return self.optimizer(params, lr=self.lr, **decay, **self.arguments)  # type: ignore[call-arg]
+
+    def _try(self) -> None:
+        """Refuses what the optimiser cannot be made with, and one that cannot train, by a step of a small layer."""
+        weight, bias = (nn.Parameter(torch.zeros(shape)) for shape in ((2, 2), (2,)))
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = (weight.sum(0) + bias - 1).square().sum()
+            loss.backward()
+            return loss
+
+        try:
+            optimizer = self.build([weight, bias])
+            optimizer.step(closure)  # type: ignore[arg-type]
+        except Exception as error:  # an optimiser may refuse in any way it likes
+            decay = "" if self.weight_decay is None else f", weight_decay={self.weight_decay}"
+            raise ValueError(
+                f"optimizer={self.optimizer.__name__}: cannot train with lr={self.lr}{decay}, "
+                f"arguments={self.arguments} ({error}): change these, or name another optimiser before them"
+            ) from error
 
     def schedule(self, optimizer: Optimizer, updates: int) -> LRScheduler:
         rising = max(1, round(self.warmup * updates))
@@ -168,6 +198,10 @@ class HessianFree(Method):
         super().__post_init__()
         _check(self, curvature_frames=_POSITIVE, damping=_POSITIVE, max_steps=_POSITIVE, tolerance=_NOT_NEGATIVE)
         _check(self, momentum=_SHARE)
+
+    @property
+    def name(self) -> str:
+        return "hessian_free"
 
     def build(self, params: Iterable[nn.Parameter]) -> Optimizer:
         return hessian_free(
@@ -259,7 +293,7 @@ class Job:
         network: the acoustic model.
         augment: masks on the features while training.
         chunk: frames of the windows that minibatches are made of.
-        adam, hessian_free: the trainings to compare, each from the same start; None: leave it out.
+        first_order, hessian_free: the trainings to compare, each from the same start; None: leave it out.
         decoding: of dev and test.
         autocast: compute matrix products in bfloat16.
         seed: of everything random.
@@ -287,7 +321,7 @@ class Job:
     network: Network = field(default_factory=Network)
     augment: SpecAugment | None = None
     chunk: int = 50
-    adam: FirstOrder | None = field(default_factory=FirstOrder)
+    first_order: FirstOrder | None = field(default_factory=FirstOrder)
     hessian_free: HessianFree | None = field(default_factory=HessianFree)
     decoding: Decoding = field(default_factory=Decoding)
     autocast: bool = False
@@ -304,18 +338,19 @@ class Job:
         if not self.name or Path(self.name).name != self.name:
             raise ValueError(f"name={self.name!r}: must be the plain name of a folder")
         if not self.methods:
-            raise ValueError("adam and hessian_free are both none: leave at least one training in")
+            raise ValueError("first_order and hessian_free are both none: leave at least one training in")
 
     @property
     def methods(self) -> dict[str, Method]:
         """The trainings that are not left out, by name."""
-        named: dict[str, Method | None] = {"adam": self.adam, "hessian_free": self.hessian_free}
-        return {name: method for name, method in named.items() if method is not None}
+        chosen: tuple[Method | None, ...] = (self.first_order, self.hessian_free)
+        return {method.name: method for method in chosen if method is not None}
 
 
 _Rule = tuple[Callable[[Any], bool], str]
 _POSITIVE: _Rule = (lambda value: 0 < value < math.inf, "must be positive")
 _NOT_NEGATIVE: _Rule = (lambda value: 0 <= value < math.inf, "must not be negative")
+_NONE_OR_NOT_NEGATIVE: _Rule = (lambda value: value is None or 0 <= value < math.inf, "must not be negative")
 _SHARE: _Rule = (lambda value: 0 <= value <= 1, "must be between 0 and 1")
 _ALL_POSITIVE: _Rule = (
     lambda values: len(values) > 0 and all(0 < v < math.inf for v in values),

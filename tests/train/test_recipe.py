@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import nn
 
 from quadric.recipes.digits import digits
 from quadric.train.overrides import override
@@ -19,10 +21,17 @@ from quadric.train.overrides import override
         "hessian_free.damping=-1",
         "hessian_free.momentum=2",
         "hessian_free.curvature_frames=-5",
-        "adam.epochs=Infinity",
-        "adam.lr=-1",
-        "adam.warmup=-1",
-        "adam.optimizer=LBFGS",
+        "first_order.epochs=Infinity",
+        "first_order.lr=-1",
+        "first_order.warmup=-1",
+        "first_order.weight_decay=-1",
+        "first_order.optimizer=SparseAdam",  # steps from sparse gradients only
+        "first_order.optimizer=Muon",  # matrices only
+        'first_order.arguments={"momentum":0.9}',  # AdamW has none
+        'first_order.arguments={"betas":[0.9,1.5]}',
+        'first_order.arguments={"betas":0.9}',
+        'first_order.arguments={"lr":0.1}',
+        "first_order.arguments=[1]",
         "flat_start.warm=0",
         "flat_start.rounds=-1",
         "flat_start.scale=[0,0]",
@@ -42,3 +51,41 @@ def test_impossible_options_are_refused_by_name(assignment: str) -> None:
     with pytest.raises(ValueError, match=option.split(".")[-1] + "=") as refused:
         override(digits(), [assignment])
     assert value[0] in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("assignments", "group"),
+    [
+        ((), {"lr": 2e-3, "weight_decay": 0.01, "betas": (0.9, 0.999)}),
+        (("optimizer=SGD", 'arguments={"momentum": 0.9, "nesterov": true}'), {"momentum": 0.9, "weight_decay": 0.0}),
+        (("optimizer=SGD", "weight_decay=0.5"), {"momentum": 0.0, "weight_decay": 0.5}),
+        (("optimizer=Adam", 'arguments={"betas": [0.8, 0.99]}'), {"betas": (0.8, 0.99), "weight_decay": 0}),
+        (("optimizer=LBFGS", "lr=0.5", 'arguments={"max_iter": 4}'), {"lr": 0.5, "max_iter": 4}),
+    ],
+)
+def test_any_optimiser_of_torch_is_made_as_the_command_line_says(
+    assignments: tuple[str, ...], group: dict[str, object]
+) -> None:
+    job = override(digits(), [f"first_order.{assignment}" for assignment in assignments])
+    assert job.first_order is not None
+    (made,) = job.first_order.build([nn.Parameter(torch.zeros(2))]).param_groups
+    made["betas"] = tuple(made.get("betas", ()))
+    assert {key: made[key] for key in group} == group
+
+
+def test_a_weight_decay_that_the_optimiser_lacks_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"optimizer=LBFGS: cannot train with lr=0\.002, weight_decay=0\.1, .*: change"
+    ):
+        override(digits(), ["first_order.optimizer=LBFGS", "first_order.weight_decay=0.1"])
+
+
+def test_a_training_has_the_name_of_its_optimiser() -> None:
+    assert list(digits().methods) == ["adamw", "hessian_free"]
+    assert list(override(digits(), ["first_order.optimizer=SGD", "hessian_free=none"]).methods) == ["sgd"]
+
+
+def test_trying_an_optimiser_draws_no_random_numbers() -> None:
+    before = torch.get_rng_state()
+    override(digits(), ["first_order.optimizer=SGD"])
+    assert torch.equal(torch.get_rng_state(), before)

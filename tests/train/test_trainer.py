@@ -25,6 +25,7 @@ from quadric.model.acoustic import TDNN
 from quadric.optim.second_order import hessian_free
 from quadric.train import checkpoint
 from quadric.train.metrics import MetricsLog
+from quadric.train.recipe import FirstOrder
 from quadric.train.trainer import Diverged, Interrupted, Plan, Trainer, evaluate
 
 CLASSES = 5
@@ -38,8 +39,14 @@ def _hessian_free(model: nn.Module) -> Optimizer:
     return hessian_free(model.parameters(), max_steps=10)
 
 
+def _lbfgs(model: nn.Module) -> Optimizer:
+    """Evaluates its closure several times an update."""
+    return FirstOrder(optimizer=torch.optim.LBFGS, lr=0.3, arguments={"max_iter": 4}).build(model.parameters())
+
+
 METHODS = {
     "adam": (_adam, Plan(epochs=4, gradient_frames=100, evaluations=5, seed=3)),
+    "lbfgs": (_lbfgs, Plan(epochs=4, gradient_frames=400, evaluations=5, seed=3)),
     "hessian_free": (_hessian_free, Plan(epochs=4, gradient_frames=400, curvature_frames=150, evaluations=5, seed=3)),
 }
 
@@ -123,6 +130,13 @@ def test_training_learns_and_keeps_the_best(tmp_path: Path, method: str) -> None
     assert trainer.stream.epoch == pytest.approx(4, abs=0.2)
     trainer.model.load_state_dict(best["model"])
     assert evaluate(trainer.model, trainer.loss, trainer.held_out)["loss"] == pytest.approx(best["loss"])
+
+
+def test_an_optimiser_may_evaluate_its_closure_several_times(tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path, "lbfgs")
+    trainer.fit()
+    evaluations = trainer.optimizer.state[next(trainer.model.parameters())]["func_evals"]
+    assert trainer.updates == 12 and evaluations > 3 * trainer.updates
 
 
 def test_dropout_draws_anew_in_every_update(tmp_path: Path) -> None:

@@ -45,7 +45,14 @@ pytestmark = pytest.mark.speech
 
 MONO = monophone(LEXICON.phones)
 FIRST_ORDER = FirstOrder(
-    epochs=2.5, gradient_frames=70, optimizer=torch.optim.RMSprop, lr=0.5, weight_decay=0.25, warmup=0.2, floor=0.1
+    epochs=2.5,
+    gradient_frames=70,
+    optimizer=torch.optim.RMSprop,
+    lr=0.5,
+    weight_decay=0.25,
+    arguments={"momentum": 0.6},
+    warmup=0.2,
+    floor=0.1,
 )
 HESSIAN_FREE = HessianFree(
     epochs=1.5, gradient_frames=90, curvature_frames=30, damping=0.3, max_steps=7, tolerance=0.01, momentum=0.4
@@ -70,7 +77,7 @@ def job(**options: Any) -> Job:
         chunk=7,
         autocast=True,
         seed=11,
-        adam=FIRST_ORDER,
+        first_order=FIRST_ORDER,
         hessian_free=HESSIAN_FREE,
         **options,
     )
@@ -193,7 +200,7 @@ def test_a_first_order_optimiser_has_its_options() -> None:
     assert type(optimizer) is torch.optim.RMSprop
     (group,) = optimizer.param_groups
     assert group["params"] == [parameter]
-    assert (group["lr"], group["weight_decay"]) == (0.5, 0.25)
+    assert (group["lr"], group["weight_decay"], group["momentum"]) == (0.5, 0.25, 0.6)
     schedule, rates = FIRST_ORDER.schedule(optimizer, 50), []
     for _ in range(50):
         rates.append(group["lr"])
