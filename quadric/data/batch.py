@@ -43,11 +43,6 @@ class Batch(NamedTuple):
     target: Int64[Tensor, "B T"] | list[Any]
     frames: int
 
-    def to(self, device: torch.device | str) -> Batch:
-        """This batch with its tensors on ``device``; target objects stay with the loss that reads them."""
-        target = self.target.to(device) if isinstance(self.target, Tensor) else self.target
-        return Batch(self.inputs.to(device), target, self.frames)
-
 
 def pad_context(features: Features, left: int, right: int) -> Features:
     """``[left+T+right, D]``: the first frame repeated ``left`` times before, the last ``right`` times after.
@@ -71,27 +66,6 @@ def chunks(example: Example, length: int) -> list[Window]:
         raise ValueError(f"length is {length}; a chunk has at least one frame")
     frames = len(example.features)
     return [(start, min(start + length, frames)) for start in range(0, frames, length)]
-
-
-def collate(examples: Sequence[Example], left: int, right: int, *, windows: Sequence[Window] | None = None) -> Batch:
-    """One minibatch of whole utterances, or of one window ``(start, stop)`` of each when ``windows`` are given.
-
-    Raises:
-        ValueError: no examples; features and target of different lengths; a window outside its utterance, or
-            a window of a target that is not an array.
-    """
-    if len(examples) == 0:
-        raise ValueError("examples is empty; a minibatch holds at least one")
-    check_context(left, right)
-    whole = [(0, len(example.features)) for example in examples]
-    windows = whole if windows is None else list(windows)
-    if len(windows) != len(examples):
-        raise ValueError(f"windows has {len(windows)} entries for {len(examples)} examples; give one for each")
-    for example, window, full in zip(examples, windows, whole, strict=True):
-        _check_window(example, window, full)
-    inputs = gather([example.features for example in examples], windows, left, right)
-    targets = [example.target for example in examples]
-    return Batch(inputs, gather_targets(targets, windows), sum(stop - start for start, stop in windows))
 
 
 def gather(features: Sequence[Features], windows: Sequence[Window], left: int, right: int) -> Tensor:
@@ -127,18 +101,3 @@ def check_context(left: int, right: int) -> None:
     """Refuses a negative context."""
     if left < 0 or right < 0:
         raise ValueError(f"context is ({left}, {right}); give the frames before and after, neither negative")
-
-
-def _check_window(example: Example, window: Window, whole: Window) -> None:
-    if len(example.target) != whole[1]:
-        raise ValueError(
-            f"example {example.id!r} has {whole[1]} frames of features and {len(example.target)} of target; "
-            "make them agree"
-        )
-    if not 0 <= window[0] < window[1] <= whole[1]:
-        raise ValueError(f"window {window} of example {example.id!r} is empty or outside its {whole[1]} frames")
-    if window != whole and not isinstance(example.target, np.ndarray):
-        raise ValueError(
-            f"window {window} of example {example.id!r} cuts a {type(example.target).__name__}; "
-            "only array targets can be cut, use whole utterances"
-        )

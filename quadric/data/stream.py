@@ -41,7 +41,6 @@ class FrameStream:
         chunk: frames per window; None keeps utterances whole.
         seed: of the permutations, the samples and the transform.
         transform: applied to the inputs of ``draw`` and ``sample`` with a generator of its own for each minibatch.
-        tolerance: utterances whose features and targets differ by at most this many frames are cut to the shorter.
 
     Raises:
         ValueError: no utterances, ids or lengths that do not match, empty or misshaped arrays, sizes out of range.
@@ -57,11 +56,10 @@ class FrameStream:
         chunk: int | None = 50,
         seed: int = 0,
         transform: Transform | None = None,
-        tolerance: int = 0,
     ) -> None:
         check_context(*context)
-        _check_sizes(micro_frames, chunk, seed, tolerance)
-        self._examples = _load(features, targets, tolerance)
+        _check_sizes(micro_frames, chunk, seed)
+        self._examples = _load(features, targets)
         if chunk is not None and not isinstance(self._examples[0].target, np.ndarray):
             kind = type(self._examples[0].target).__name__
             raise ValueError(f"chunk is {chunk} but targets of type {kind} cannot be cut; pass chunk=None")
@@ -211,7 +209,7 @@ def _refuse(ids: Sequence[str], fault: str) -> None:
         raise ValueError(f"{len(ids)} utterances {fault}: {listed}")
 
 
-def _load(features: Mapping[str, Features], targets: Mapping[str, Any], tolerance: int) -> list[Example]:
+def _load(features: Mapping[str, Features], targets: Mapping[str, Any]) -> list[Example]:
     """The checked examples in the order of their ids."""
     if not features and not targets:
         raise ValueError("features and targets are empty; give at least one utterance")
@@ -223,26 +221,14 @@ def _load(features: Mapping[str, Features], targets: Mapping[str, Any], toleranc
     differing = [
         f"{example.id} ({len(example.features)} and {len(example.target)})"
         for example in examples
-        if not _agree(example, tolerance)
+        if len(example.features) != len(example.target)
     ]
-    _refuse(differing, f"differ in frames of features and target by more than tolerance={tolerance}")
-    return [_trimmed(example) for example in examples]
+    _refuse(differing, "differ in frames of features and target")
+    return examples
 
 
 def _as_target(target: Any) -> Any:
     return target.numpy() if isinstance(target, Tensor) else target
-
-
-def _agree(example: Example, tolerance: int) -> bool:
-    surplus = len(example.target) - len(example.features)
-    # Nobody knows how to shorten an object.
-    return abs(surplus) <= tolerance and (surplus <= 0 or isinstance(example.target, np.ndarray))
-
-
-def _trimmed(example: Example) -> Example:
-    frames = min(len(example.features), len(example.target))
-    target = example.target[:frames] if isinstance(example.target, np.ndarray) else example.target
-    return Example(example.id, example.features[:frames], target)
 
 
 def _check_features(examples: Sequence[Example]) -> None:
@@ -290,12 +276,10 @@ def _check_frames(frames: int) -> None:
         raise ValueError(f"frames is {frames}; ask for at least one")
 
 
-def _check_sizes(micro_frames: int, chunk: int | None, seed: int, tolerance: int) -> None:
+def _check_sizes(micro_frames: int, chunk: int | None, seed: int) -> None:
     if micro_frames < 1:
         raise ValueError(f"micro_frames is {micro_frames}; a minibatch holds at least one frame")
     if chunk is not None and not 1 <= chunk <= micro_frames:
         raise ValueError(f"chunk is {chunk}; give 1 to micro_frames={micro_frames} frames, or None")
     if seed < 0:
         raise ValueError(f"seed is {seed}; give a non-negative number")
-    if tolerance < 0:
-        raise ValueError(f"tolerance is {tolerance}; give zero or a few frames")

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quadric.data.augment import SpecAugment
-from quadric.data.batch import Batch, Example, collate
+from quadric.data.batch import Batch, Example
 from quadric.data.stream import FrameStream
+from reference.collate import collate
 
 LENGTHS = [7, 1, 23, 12, 5, 30, 18, 9]
 
@@ -233,15 +234,13 @@ def test_memory_mapped_features_and_tensor_targets(tmp_path: Path) -> None:
     assert same(FrameStream(mapped, tensors, **options).draw(60), stream().draw(60))
 
 
-def test_tolerance_cuts_to_the_shorter() -> None:
-    features, targets = made([10, 10])
+@pytest.mark.parametrize("as_objects", [False, True])
+def test_targets_of_another_length_are_named(as_objects: bool) -> None:
+    features, targets = made([10, 10, 10])
     targets["u00"], features["u01"] = targets["u00"][:8], features["u01"][:9]
-    with pytest.raises(ValueError, match=r"2 utterances .*u00 \(10 and 8\), u01 \(9 and 10\)"):
-        FrameStream(features, targets, context=(0, 0))
-    with pytest.raises(ValueError, match=r"1 utterances .*u00"):
-        FrameStream(features, targets, context=(0, 0), tolerance=1)
-    data = FrameStream(features, targets, context=(0, 0), tolerance=2)
-    assert data.total_frames == 17 and len(frames_in(data.everything())) == 17
+    given = {id: target.tolist() for id, target in targets.items()} if as_objects else targets
+    with pytest.raises(ValueError, match=r"2 utterances differ in frames .*: u00 \(10 and 8\), u01 \(9 and 10\)$"):
+        FrameStream(features, given, context=(0, 0), chunk=None)
 
 
 def test_bad_sets_are_named() -> None:
@@ -272,7 +271,6 @@ def test_bad_sets_are_named() -> None:
         ({"micro_frames": 5, "chunk": 6}, "chunk is 6"),
         ({"chunk": 0}, "chunk is 0"),
         ({"seed": -1}, "seed"),
-        ({"tolerance": -1}, "tolerance"),
     ],
 )
 def test_bad_sizes_are_named(options: dict[str, Any], message: str) -> None:
