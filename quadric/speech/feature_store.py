@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from jaxtyping import Float32
 
 from quadric.files import new_file
 from quadric.speech.corpus import Corpus
-from quadric.speech.tables import few, find_features, read_table, something
+from quadric.speech.tables import few, read_table, something
 
 
 class FeatureStore(Mapping[str, np.ndarray]):
@@ -30,12 +29,6 @@ class FeatureStore(Mapping[str, np.ndarray]):
         if commands:
             raise ValueError(f"features that are commands, not archives: {few(commands)}: run them with copy-feats")
         self._table = dict(table)
-
-    @classmethod
-    def from_scp(cls, path: str | os.PathLike[str], *, root: str | os.PathLike[str] | None = None) -> FeatureStore:
-        """The features of the Kaldi table ``path``; relative archives start from ``root`` as in ``read_data_dir``."""
-        scp = Path(os.path.abspath(path))
-        return cls(find_features(scp.parent, None if root is None else Path(root), scp.name))
 
     @classmethod
     def from_corpus(cls, corpus: Corpus) -> FeatureStore:

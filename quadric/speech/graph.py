@@ -72,19 +72,6 @@ def decoding_graph(
     return _in_states(graph, symbols.disambiguation, tying, self_loop)
 
 
-def alignment_graph(
-    words: Sequence[str],
-    lexicon: Lexicon,
-    tying: Tying,
-    *,
-    silence_probability: float = 0.5,
-    self_loop: float = 0.5,
-) -> kaldifst.StdVectorFst:
-    """The graph of one word sequence; see :class:`AlignmentGraphs`, which is the way to many."""
-    graphs = AlignmentGraphs(lexicon, tying, silence_probability=silence_probability, self_loop=self_loop)
-    return graphs.graph(words)
-
-
 class AlignmentGraphs:
     """The graphs of word sequences: all pronunciations, optional silence before, between and behind words.
 

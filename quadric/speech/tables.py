@@ -102,21 +102,20 @@ def find_root(folder: Path, root: Path | None, files: Sequence[str], table: str)
     )
 
 
-def find_features(folder: Path, root: Path | None, table: str = "feats.scp") -> dict[str, str]:
-    """Reads a Kaldi feature table: utterance id -> ``/absolute/path.ark:offset``, ranges like ``[0:9]`` kept.
+def find_features(folder: Path, root: Path | None) -> dict[str, str]:
+    """Reads a folder's ``feats.scp``: utterance id -> ``/absolute/path.ark:offset``, ranges like ``[0:9]`` kept.
 
     Raises:
         FileNotFoundError: there is no such table, or the first archive that it names is missing.
         ValueError: malformed lines, repeated ids, or entries that are commands.
     """
-    entries = read_table(folder / table, something)
+    table = folder / "feats.scp"
+    entries = read_table(table, something)
     commands = [f"line {number}" for number, value in enumerate(entries.values(), 1) if "|" in (value[0], value[-1])]
     if commands:
-        raise ValueError(
-            f"commands in {folder / table}: {few(commands)}: run them with copy-feats and name the archives here"
-        )
+        raise ValueError(f"commands in {table}: {few(commands)}: run them with copy-feats and name the archives here")
     relative = [value for value in entries.values() if not os.path.isabs(value)]
     if not relative:
         return entries
-    start = find_root(folder, root, [re.sub(r"(:\d+)?(\[[^\]]*\])?$", "", value) for value in relative], table)
+    start = find_root(folder, root, [re.sub(r"(:\d+)?(\[[^\]]*\])?$", "", value) for value in relative], table.name)
     return {name: value if os.path.isabs(value) else str(start / value) for name, value in entries.items()}

@@ -18,7 +18,6 @@ from quadric.lattice.automaton import Automaton
 from quadric.lattice.semiring import forward_backward
 from quadric.speech.graph import (
     AlignmentGraphs,
-    alignment_graph,
     decoding_graph,
     read_graph,
     to_automaton,
@@ -133,7 +132,7 @@ def test_costs_by_hand(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("words", [(), ("A",), ("AB", "BE"), ("A", "B", "AB")])
 def test_an_alignment_graph_accepts_exactly_its_words(tying: Tying, words: tuple[str, ...]) -> None:
-    graph = alignment_graph(words, LEXICON, tying, silence_probability=SILENCE, self_loop=LOOP)
+    graph = AlignmentGraphs(LEXICON, tying, silence_probability=SILENCE, self_loop=LOOP).graph(words)
     ways = ways_to_say([words], LEXICON, tying, lambda words: 0.0, SILENCE)
     others = ways_to_say(list(product(LEXICON.words, repeat=2)), LEXICON, tying, lambda words: 0.0, SILENCE)
     for pdfs in [*ways, *queries(others, np.random.default_rng(2), longest=30)]:
@@ -245,7 +244,7 @@ def test_misuse(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="silence_probability=0"):
         AlignmentGraphs(LEXICON, tying, silence_probability=0.0)
     with pytest.raises(ValueError, match=r"self_loop=1\.0"):
-        alignment_graph(("A",), LEXICON, tying, self_loop=1.0)
+        AlignmentGraphs(LEXICON, tying, self_loop=1.0)
     with pytest.raises(ValueError, match="lacks the phones b"):
         AlignmentGraphs(LEXICON, monophone(("a",)))
     with pytest.raises(FileNotFoundError, match="no such language model"):
@@ -253,7 +252,7 @@ def test_misuse(tmp_path: Path) -> None:
 
 
 def test_graphs_on_disk(tmp_path: Path) -> None:
-    graph = alignment_graph(("A", "B"), LEXICON, TYINGS["mono"])
+    graph = AlignmentGraphs(LEXICON, TYINGS["mono"]).graph(("A", "B"))
     write_graph(graph, tmp_path / "graph.fst")
     assert read_graph(tmp_path / "graph.fst").to_str() == graph.to_str()
     assert [path.name for path in tmp_path.iterdir()] == ["graph.fst"]
@@ -268,7 +267,7 @@ def test_a_phone_that_no_word_has_does_no_harm() -> None:
     """A tying may know more phones than the lexicon of the day."""
     tying = triphone(("z", *LEXICON.phones))
     ways = ways_to_say([("AB",)], LEXICON, tying, lambda words: 0.0, 0.5)
-    graph = alignment_graph(("AB",), LEXICON, tying)
+    graph = AlignmentGraphs(LEXICON, tying).graph(("AB",))
     for pdfs in ways:
         assert transduce(graph, pdfs, LEXICON.words) == pytest.approx(expected(pdfs, ways, 0.5), abs=1e-4)
 

@@ -24,14 +24,14 @@ import numpy as np
 
 from quadric.speech.alignment import Aligner
 from quadric.speech.decoding import Decoder
-from quadric.speech.graph import alignment_graph, write_graph
+from quadric.speech.graph import AlignmentGraphs, write_graph
 from quadric.speech.lexicon import Lexicon
 from quadric.speech.topology import monophone
 
 if __name__ == "__main__":
     lexicon = Lexicon((("A", ("a",)),))
     tying = monophone(lexicon.phones)
-    write_graph(alignment_graph(("A",), lexicon, tying), Path("graph.fst"))
+    write_graph(AlignmentGraphs(lexicon, tying).graph(("A",)), Path("graph.fst"))
     scores = {f"u{k}": np.zeros((9, tying.num_pdfs), np.float32) for k in range(4)}
     with (
         Aligner({id: ("A",) for id in scores}, lexicon, tying, jobs=2) as aligner,
