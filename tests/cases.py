@@ -22,7 +22,7 @@ from quadric.linalg.pairs import LastPairs, Pair, PairSelection, SpreadPairs
 from quadric.linalg.solver import KrylovSolver
 from quadric.linalg.truncation import Truncation
 from quadric.loss.full_sum import FullSum, FullSumTarget
-from quadric.loss.loss import CrossEntropy, Loss, SquaredError
+from quadric.loss.loss import Bernoulli, CrossEntropy, Loss, SquaredError
 from quadric.objective.curvature import CurvatureOperator
 from quadric.objective.objective import Objective
 from quadric.optim.damping import AfterRejection, Damping, Fixed, LevenbergMarquardt
@@ -149,6 +149,7 @@ def _first(frames: int, kept: list[int]) -> Tensor:
 
 LOSSES: dict[type[Loss], LossCase] = {
     CrossEntropy: LossCase(CrossEntropy, draw(2, 5, 4), padded_classes(5, 4, [5, 3]), _first(5, [5, 3])),
+    Bernoulli: LossCase(Bernoulli, draw(2, 3, 2), draw(2, 3, 2, seed=3).sigmoid(), _first(3, [3, 3])),
     SquaredError: LossCase(SquaredError, draw(2, 3, 2), draw(2, 3, 2, seed=3), _first(3, [3, 3])),
     FullSum: LossCase(
         lambda: FullSum(torch.log_softmax(draw(4, seed=4), 0), scale=0.6, prior_scale=0.5),

@@ -111,3 +111,27 @@ class SquaredError(Loss):
     ) -> Float[Tensor, "*B C"]:
         noise = torch.randn(output.shape, generator=generator, dtype=output.dtype, device=output.device)
         return output + noise
+
+
+class Bernoulli(Loss):
+    """Logistic cross-entropy of logits against probabilities, summed over outputs; every leading index is a frame.
+
+    Its Hessian is diag(p (1 - p)).
+    """
+
+    def forward(self, output: Float[Tensor, "*B C"], target: Float[Tensor, "*B C"]) -> Tensor:
+        return functional.binary_cross_entropy_with_logits(output, target, reduction="sum")
+
+    def weight(self, target: Float[Tensor, "*B C"]) -> Tensor:
+        return torch.tensor(target[..., 0].numel())
+
+    def curvature(
+        self, output: Float[Tensor, "*B C"], target: Float[Tensor, "*B C"], v: Float[Tensor, "*B C"]
+    ) -> Float[Tensor, "*B C"]:
+        p = torch.sigmoid(output)
+        return p * (1 - p) * v
+
+    def sample(
+        self, output: Float[Tensor, "*B C"], target: Float[Tensor, "*B C"], generator: torch.Generator
+    ) -> Float[Tensor, "*B C"]:
+        return torch.bernoulli(torch.sigmoid(output), generator=generator)

@@ -274,7 +274,7 @@ def test_empirical_fisher_is_the_outer_product_of_each_frames_gradient(name: str
 
 @pytest.mark.parametrize("loss", [CrossEntropy(), SquaredError()], ids=lambda loss: type(loss).__name__)
 def test_fisher_is_gauss_newton_in_expectation(loss: Loss) -> None:
-    """Both losses are negative log-likelihoods of exponential families in their natural parameters."""
+    """The losses are negative log-likelihoods of exponential families in their natural parameters."""
     model, data = NETS["tanh"]().double(), batches(loss)
     theta = 0.7 * draw(ParameterSpace(model).size, seed=3)
     gauss_newton = dense.gauss_newton(model, loss, data, theta)
