@@ -41,6 +41,7 @@ class Convolution(Layer):
             options["groups"],
         )  # fmt: skip
         self.outputs = (torch.convolution(x, weight, bias, *self.options),)
+        self.shape = self.outputs[0].shape
 
     def push(self, tangents: Sequence[Maybe]) -> tuple[Tensor, ...]:
         dx, dweight, dbias = tangents
@@ -49,7 +50,7 @@ class Convolution(Layer):
             total = torch.convolution(self.x, dweight, dbias, *self.options)
         elif dbias is not None:
             shape = (1, -1, *[1] * (self.weight.ndim - 2))
-            total = dbias.view(shape).expand_as(self.outputs[0])
+            total = dbias.view(shape).expand(self.shape)
         if dx is not None:
             inner = torch.convolution(dx, self.weight, None, *self.options)
             total = inner if total is None else inner.add_(total)
@@ -74,7 +75,7 @@ class LayerNorm(Layer):
         self.scale = (centred.square().mean(self.dims, keepdim=True) + eps).rsqrt()
         self.xhat = centred.mul_(self.scale)
         self.weight, self.dtype, self.has_bias = weight, x.dtype, bias is not None
-        y = self.xhat if weight is None else self.xhat * weight
+        y = self.xhat.clone() if weight is None else self.xhat * weight
         self.outputs = ((y if bias is None else y + bias).to(self.dtype),)
 
     def _project(self, v: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class _Pull(Function):
     @staticmethod
     def backward(ctx: Any, *tangents: Maybe) -> Any:
         if all(tangent is None for tangent in tangents):
-            return (None, None, *[None] * len(ctx.layer.outputs))
+            return (None, None, *[None] * (len(ctx.needs_input_grad) - 2))
         pushed = ctx.layer.push(tangents)
         return (None, None, *(t if n else None for t, n in zip(pushed, ctx.needs_input_grad[2:], strict=True)))
 
@@ -54,11 +54,13 @@ class _Apply(Function):
     @staticmethod
     def forward(ctx: Any, make: Callable[..., Layer], *inputs: Maybe) -> Any:
         layer = make(*(None if x is None else x.detach() for x in inputs))
+        # Given away, not kept: they will know this node, which knows the layer, and no collector sees that circle.
+        outputs, layer.outputs = layer.outputs, ()
         ctx.layer = layer
         # They live with the layer; saved as well, they are seen by whoever weighs what autograd keeps.
         ctx.save_for_backward(*(kept for kept in vars(layer).values() if isinstance(kept, Tensor)))
         ctx.set_materialize_grads(False)
-        return layer.outputs
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Maybe) -> Any:

@@ -276,7 +276,7 @@ class _Weighed(torch.autograd.graph.saved_tensors_hooks):
     def _count(self, saved: Tensor) -> Tensor:
         storage = saved.untyped_storage()
         self._storages[storage.data_ptr()] = storage.nbytes()
-        return saved
+        return saved.detach()  # the tensor itself may know the node it is saved in: a circle that is never freed
 
 
 class _Noise:

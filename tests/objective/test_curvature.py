@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from cases import MicroBatch, draw, padded_classes
 from quadric.loss.loss import CrossEntropy, Loss, SquaredError
 from quadric.objective.curvature import Curvature
 from quadric.objective.layers import linearisable
+from quadric.objective.linear_layer import Layer
 from quadric.objective.objective import Objective
 from quadric.space import ParameterSpace
 from reference import dense
@@ -366,3 +368,17 @@ def test_curvature_that_a_loss_lacks_is_refused() -> None:
         _ = objective.curvature(v) @ v
     with pytest.raises(NotImplementedError, match="Bare is no distribution of targets"):
         objective.curvature(v, Curvature.FISHER)
+
+
+@pytest.mark.parametrize("name", ["image", "wide norm", "lstm, two directions", "gru, two layers, two directions"])
+def test_what_was_retained_is_freed(name: str) -> None:
+    model, loss = NETS[name]().double(), CrossEntropy()
+    alive = []
+    for _ in range(3):
+        objective = Objective(model, loss, batches(loss))
+        operator = objective.curvature(objective.space.point())
+        _ = operator @ objective.space.point()
+        del operator, objective
+        gc.collect()
+        alive.append(sum(isinstance(thing, (Tensor, Layer)) for thing in gc.get_objects()))
+    assert alive[0] == alive[1] == alive[2]
