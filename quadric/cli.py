@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("recipe", metavar="RECIPE", choices=[recipe.__name__ for recipe in RECIPES], help="see below")
     train.add_argument(
-        "overrides", nargs="*", metavar="OPTION=VALUE", help="recipe arguments and options, such as adam.lr=3e-4"
+        "overrides", nargs="*", metavar="OPTION=VALUE", help="recipe arguments and options, such as first_order.lr=3e-4"
     )
     train.add_argument("--work", type=Path, default=Path("exp"), help="folder of working folders (default: exp)")
     train.add_argument("--options", action="store_true", help="print all options with their values, and stop")
@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         help="recognise a data directory with a trained system",
         description="Writes the words recognised in a Kaldi data directory, and their errors if it has transcripts.",
     )
-    decode.add_argument("system", type=Path, help="a trained system, such as exp/digits/adam/system")
+    decode.add_argument("system", type=Path, help="a trained system, such as exp/digits/adamw/system")
     decode.add_argument("data", type=Path, help="a Kaldi data directory")
     decode.add_argument(
         "--out", type=Path, required=True, help="folder for text, per_utt, per_spk, hyp.trn, ref.trn, hyp.ctm"
@@ -162,7 +162,7 @@ def _check_names(recipe: str, overrides: Sequence[str], arguments: Sequence[str]
         path, equals, _ = override_.partition("=")
         name = path.split(".")[0]
         if not equals:
-            raise ValueError(f"{override_!r} has no '=': write option=value, such as adam.lr=3e-4")
+            raise ValueError(f"{override_!r} has no '=': write option=value, such as first_order.lr=3e-4")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3)
             hint = f"did you mean {' or '.join(near)}?" if near else "--options lists what there is"

@@ -153,7 +153,7 @@ def test_help(call: Call, command: list[str]) -> None:
         for recipe in RECIPES:
             assert re.search(rf"^  {recipe.__name__} .*=", printed, re.M)
         assert "directory data=... lexicon=... [train=train]" in printed
-        assert "--options" in printed and "adam.lr=" in printed
+        assert "--options" in printed and "first_order.lr=" in printed
     elif not command:
         assert all(name in printed for name in ("train", "decode", "score", "report"))
 
