@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from quadric.comm.collective import Collective
+from quadric.comm.communicator import Communicator, Solo
 from quadric.lattice.automaton import Automaton
 from quadric.linalg import truncation
 from quadric.linalg.krylov import ConjugateGradient, Conjugation, FlexibleCG, MinRes, Notay, PolakRibiere
@@ -122,6 +125,14 @@ TRUNCATIONS: dict[type[Truncation], Callable[[], Truncation]] = {
     truncation.RelativeProgress: truncation.RelativeProgress,
     truncation.Residual: truncation.Residual,
     truncation.FixedIterations: truncation.FixedIterations,
+}
+
+
+# Communicators: a job of one, which meets in a folder.
+
+COMMUNICATORS: dict[type[Communicator], Callable[[Path], Communicator]] = {
+    Solo: lambda folder: Solo(),
+    Collective: lambda folder: Collective(0, 1, f"file://{folder}/meeting", timeout=5),
 }
 
 

@@ -14,6 +14,7 @@ import torch
 
 import cases
 import quadric
+from quadric.comm.communicator import Communicator
 from quadric.linalg.krylov import Conjugation
 from quadric.linalg.operator import LinearOperator
 from quadric.linalg.pairs import PairSelection
@@ -27,6 +28,7 @@ from quadric.optim.sampling import Sampler
 from quadric.optim.search import Search
 
 TABLES = {
+    Communicator: cases.COMMUNICATORS,
     LinearOperator: cases.OPERATORS,
     KrylovSolver: cases.SOLVERS,
     Conjugation: cases.CONJUGATIONS,

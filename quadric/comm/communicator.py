@@ -1,0 +1,101 @@
+"""What the ranks of a job have to say to each other: sums, broadcasts, and that they agree.
+
+Only a communicator sees other machines. Whoever holds one runs unchanged on 1 or N ranks, as long as all ranks call
+the same methods in the same order.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from types import TracebackType
+
+from torch import Tensor
+
+
+class Communicator(ABC):
+    """One of the ranks 0, ..., size - 1 of a job. Every method is called by all ranks, or by none.
+
+    It is its own context manager: leaving the context leaves the job.
+
+    Attributes:
+        rank: this one.
+        size: how many there are.
+        bytes_sent: what this rank has put into sums and broadcasts so far, in bytes. A ring of N ranks carries each
+            byte of a sum 2 (N - 1) / N times over every rank's wire.
+    """
+
+    rank: int
+    size: int
+    bytes_sent: int
+
+    @abstractmethod
+    def sum_(self, *tensors: Tensor) -> None:
+        """Replaces each tensor by its sum over the ranks, which is the same to the bit on all of them.
+
+        Tensors of one type travel together, so that several small ones cost no more than one. All ranks give
+        the same number of tensors, of the same shapes and types.
+
+        Raises:
+            RuntimeError: another rank died or fell silent. The tensors are as they were.
+        """
+
+    @abstractmethod
+    def broadcast_(self, tensor: Tensor, source: int = 0) -> None:
+        """Replaces ``tensor`` by that of rank ``source``.
+
+        Raises:
+            ValueError: there is no such rank.
+            RuntimeError: another rank died or fell silent. The tensor is as it was.
+        """
+
+    @abstractmethod
+    def agree(self, what: str, value: object) -> None:
+        """Checks that ``value``, a number, a string or a collection of such, is the same on all ranks.
+
+        Values are compared as ``repr`` writes them: floats to the bit, a NaN with a NaN as equal.
+
+        Raises:
+            ValueError: it differs; on all ranks, with ``what`` and the different values.
+            RuntimeError: another rank died or fell silent.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Leaves the job. Nothing can be said to others afterwards."""
+
+    def __enter__(self) -> Communicator:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _check_source(self, source: int) -> None:
+        if not 0 <= source < self.size:
+            raise ValueError(f"source={source}: the ranks are 0 to {self.size - 1}")
+
+
+class Solo(Communicator):
+    """The only rank of a job of one.
+
+    >>> import torch
+    >>> total = torch.ones(2)
+    >>> Solo().sum_(total)
+    >>> total
+    tensor([1., 1.])
+    """
+
+    rank, size, bytes_sent = 0, 1, 0
+
+    def sum_(self, *tensors: Tensor) -> None:
+        pass
+
+    def broadcast_(self, tensor: Tensor, source: int = 0) -> None:
+        self._check_source(source)
+
+    def agree(self, what: str, value: object) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
