@@ -29,6 +29,11 @@ class FrameStream:
     All randomness is a function of the seed and the place in the stream, so a stream restored from
     ``state_dict`` continues bit for bit, whatever the sizes of the draws before or after.
 
+    Several ranks share the work by a ``shard`` each. Every draw and every sample is then one for all ranks, who permute
+    alike; a rank is given its own part of the items, as many frames as the others to within the longest item. The parts
+    make up what one rank alone would be given, and a stream may be resumed on another number of ranks. A draw of fewer
+    items than ranks leaves some with no minibatch. Numbers of frames are those of all ranks together.
+
     Features are kept as the mapping gives them: a memory-mapped array stays on disk and only the windows drawn are
     read. Targets stay in memory.
 
@@ -41,6 +46,7 @@ class FrameStream:
         chunk: frames per window; None keeps utterances whole.
         seed: of the permutations, the samples and the transform.
         transform: applied to the inputs of ``draw`` and ``sample`` with a generator of its own for each minibatch.
+        shard: this rank and the number of ranks. The transform draws other numbers on each.
 
     Raises:
         ValueError: no utterances, ids or lengths that do not match, empty or misshaped arrays, sizes out of range.
@@ -56,9 +62,11 @@ class FrameStream:
         chunk: int | None = 50,
         seed: int = 0,
         transform: Transform | None = None,
+        shard: tuple[int, int] = (0, 1),
     ) -> None:
         check_context(*context)
         _check_sizes(micro_frames, chunk, seed)
+        _check_shard(*shard)
         self._examples = _load(features, targets)
         if chunk is not None and not isinstance(self._examples[0].target, np.ndarray):
             kind = type(self._examples[0].target).__name__
@@ -66,6 +74,7 @@ class FrameStream:
         self._windows = _windows(self._examples, chunk)
         self._context, self._micro_frames, self._chunk = context, micro_frames, chunk
         self._seed, self._transform = seed, transform
+        self._rank, self._ranks = shard
         self._fingerprint = _fingerprint(self._examples)
         self._total = sum(len(example.features) for example in self._examples)
         self._epoch, self._position = 0, 0
@@ -108,7 +117,7 @@ class FrameStream:
         return self._transformed(taken, _SAMPLE_TRANSFORM, key)
 
     def everything(self) -> Iterator[Batch]:
-        """Every frame once, in a fixed order and as it is, for evaluation."""
+        """Every frame once, in a fixed order and as it is, for evaluation; not only this rank's."""
         for items in self._pack(np.arange(len(self._windows))):
             yield self._batch(items)
 
@@ -185,9 +194,18 @@ class FrameStream:
         target = gather_targets([example.target for example in examples], windows)
         return Batch(inputs, target, sum(stop - start for start, stop in windows))
 
+    def _own(self, items: Items) -> Items:
+        """This rank's part of ``items``: those whose middle frame lies in its part of all their frames."""
+        ends = np.cumsum(self._lengths(items))
+        doubled_middles = 2 * ends - self._lengths(items)
+        return items[doubled_middles * self._ranks // (2 * ends[-1]) == self._rank]
+
     def _transformed(self, items: Items, *place: int) -> list[Batch]:
-        """The minibatches of ``items``, each transformed with the generator of its place."""
-        return [self._transform_one(self._batch(some), (*place, i)) for i, some in enumerate(self._pack(items))]
+        """This rank's minibatches of ``items``, each transformed with the generator of its place."""
+        return [
+            self._transform_one(self._batch(some), (*place, i * self._ranks + self._rank))
+            for i, some in enumerate(self._pack(self._own(items)))
+        ]
 
     def _transform_one(self, batch: Batch, place: tuple[int, ...]) -> Batch:
         if self._transform is None:
@@ -274,6 +292,11 @@ def _fingerprint(examples: Sequence[Example]) -> str:
 def _check_frames(frames: int) -> None:
     if frames < 1:
         raise ValueError(f"frames is {frames}; ask for at least one")
+
+
+def _check_shard(rank: int, ranks: int) -> None:
+    if not 0 <= rank < ranks:
+        raise ValueError(f"shard is ({rank}, {ranks}); give this rank, from 0, and the number of ranks")
 
 
 def _check_sizes(micro_frames: int, chunk: int | None, seed: int) -> None:

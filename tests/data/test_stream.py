@@ -205,6 +205,67 @@ def test_everything_is_everything_in_one_order() -> None:
         assert sorted(frames_in(first)) == list(range(data.total_frames))
 
 
+@given(
+    lengths=sizes,
+    chunk=chunk_sizes,
+    ranks=st.integers(1, 7),
+    wanted=st.lists(st.integers(1, 90), min_size=1, max_size=3),
+    key=st.integers(0, 99),
+)
+def test_shards_make_up_what_one_rank_is_given(
+    lengths: list[int], chunk: int | None, ranks: int, wanted: list[int], key: int
+) -> None:
+    whole = stream(lengths, chunk=chunk)
+    shards = [stream(lengths, chunk=chunk, shard=(rank, ranks)) for rank in range(ranks)]
+    longest = max(lengths) if chunk is None else min(chunk, max(lengths))
+
+    def check(joint: list[Batch], parts: list[list[Batch]]) -> None:
+        held = [frames_in(part) for part in parts]
+        assert sorted(t for frames in held for t in frames) == sorted(frames_in(joint))
+        fair = len(frames_in(joint)) / ranks
+        assert all(abs(len(frames) - fair) <= longest for frames in held)
+
+    for frames in wanted:
+        check(whole.draw(frames), [shard.draw(frames) for shard in shards])
+        check(whole.sample(frames, key), [shard.sample(frames, key) for shard in shards])
+        assert all(shard.state_dict() == whole.state_dict() for shard in shards)
+        assert all(shard.frames_seen == whole.frames_seen for shard in shards)
+    assert same(list(shards[-1].everything()), list(whole.everything()))
+
+
+@given(before=st.integers(1, 90), after=st.integers(1, 90), ranks=st.lists(st.integers(1, 5), min_size=2, max_size=2))
+def test_resume_on_another_number_of_ranks(before: int, after: int, ranks: list[int]) -> None:
+    shards = [stream(shard=(rank, ranks[0])) for rank in range(ranks[0])]
+    for shard in shards:
+        shard.draw(before)
+    resumed = [stream(shard=(rank, ranks[1])) for rank in range(ranks[1])]
+    for rank, shard in enumerate(resumed):
+        shard.load_state_dict(shards[rank % ranks[0]].state_dict())
+    expected = [t for shard in shards for t in frames_in(shard.draw(after))]
+    assert sorted(t for shard in resumed for t in frames_in(shard.draw(after))) == sorted(expected)
+
+
+def test_equal_items_are_shared_evenly_and_few_leave_ranks_without() -> None:
+    shards = [stream([6] * 20, shard=(rank, 5)) for rank in range(5)]
+    assert [len(frames_in(shard.draw(120))) for shard in shards] == [24] * 5
+    assert sorted(len(shard.draw(12)) for shard in shards) == [0, 0, 0, 1, 1]
+    assert [len(frames_in(shard.draw(120))) for shard in shards] == [24] * 5
+
+
+def test_ranks_transform_with_numbers_of_their_own() -> None:
+    seeds: list[int] = []
+
+    def record(inputs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        seeds.append(generator.initial_seed())
+        return inputs
+
+    minibatches = 0
+    for rank in range(3):
+        shard = stream([6] * 30, micro_frames=12, transform=record, shard=(rank, 3))
+        minibatches += sum(len(shard.draw(90)) for _ in range(3))
+    assert minibatches > 9 and len(set(seeds)) == minibatches
+
+
 def test_object_targets() -> None:
     class Alignment:
         def __init__(self, frames: int) -> None:
@@ -271,6 +332,8 @@ def test_bad_sets_are_named() -> None:
         ({"micro_frames": 5, "chunk": 6}, "chunk is 6"),
         ({"chunk": 0}, "chunk is 0"),
         ({"seed": -1}, "seed"),
+        ({"shard": (2, 2)}, r"shard is \(2, 2\)"),
+        ({"shard": (0, 0)}, r"shard is \(0, 0\)"),
     ],
 )
 def test_bad_sizes_are_named(options: dict[str, Any], message: str) -> None:
