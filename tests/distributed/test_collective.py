@@ -14,7 +14,7 @@ from quadric.comm.communicator import Solo
 from reference import ranks
 from reference.ranks import Killed, run
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(120)]
 SIZES = [1, 2, 7, 1000, 100_003]
 
 
@@ -70,11 +70,11 @@ def test_a_rank_killed_within_a_sum_leaves_every_tensor_as_it_was(tmp_path: Path
 
 
 def test_a_silent_rank_ends_the_others_after_the_timeout(tmp_path: Path) -> None:
-    results = run(tmp_path, 3, ranks.falls_silent)
+    results = run(tmp_path, 3, ranks.falls_silent, timeout=ranks.PATIENCE)
     for rank in (0, 2):
         message, value, seconds = results[rank]
-        assert f"silent for {ranks.TIMEOUT:g} s" in message
-        assert value == rank + 1 and seconds < ranks.TIMEOUT + 2
+        assert f"silent for {ranks.PATIENCE:g} s" in message
+        assert value == rank + 1 and ranks.PATIENCE - 0.1 < seconds < ranks.PATIENCE + 5
 
 
 def test_a_job_that_does_not_meet_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
