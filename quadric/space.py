@@ -49,6 +49,16 @@ class ParameterSpace:
         """The model's present parameters, copied into one vector."""
         return self.flatten(p.detach() for p in self.parameters)
 
+    def fingerprint(self) -> str:
+        """Names, shapes and type of the parameters, and a sum of their bits: models that differ differ in it.
+
+        It reads every parameter once and is no proof: differences may cancel in the sum, by chance alone once in 2^32.
+        """
+        shapes = ", ".join(f"{name} {list(shape)}" for name, shape in zip(self.names, self._shapes, strict=True))
+        words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[self.dtype.itemsize]
+        bits = sum(int(p.detach().contiguous().view(words).sum()) for p in self.parameters)
+        return f"{shapes} of {self.dtype}, bits {bits % 2**64:016x}"
+
     def flatten(self, tensors: Iterable[Tensor]) -> Float[Tensor, " n"]:
         """One vector from tensors given in the order of ``names``."""
         return torch.cat([t.reshape(-1) for t in tensors])

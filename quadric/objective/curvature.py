@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from quadric.comm.communicator import Communicator, Solo
 from quadric.linalg.operator import LinearOperator
 from quadric.linalg.vector import dot
 from quadric.space import ParameterSpace
@@ -86,6 +87,8 @@ class RecordedGradient:
 class CurvatureOperator(LinearOperator):
     """1/W sum_b B_b, the B_b recorded once per micro-batch: the matrices of `Curvature`.
 
+    The sum runs over the micro-batches of all ranks, who take every product together.
+
     Every product is taken with v' = (||theta|| / ||v||) v and scaled back (Haider et al., 2021, section 4.2): exact,
     and a small v stays above what low precision rounds to zero.
 
@@ -94,6 +97,7 @@ class CurvatureOperator(LinearOperator):
         recorded: for each micro-batch a function that gives what was recorded of it, or records it anew.
         weight: W, the number of frames.
         scale: ||theta||.
+        communicator: of the ranks that hold the micro-batches.
     """
 
     symmetric = True
@@ -104,11 +108,13 @@ class CurvatureOperator(LinearOperator):
         recorded: Iterable[Callable[[], Linearisation | RecordedGradient]],
         weight: float,
         scale: float,
+        communicator: Communicator = Solo(),
     ) -> None:
         self.size = space.size
         self._space = space
         self._recorded = list(recorded)
         self._weight, self._scale = weight, scale
+        self._communicator = communicator
 
     def apply(self, v: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
         norm = math.sqrt(dot(v, v))
@@ -117,4 +123,5 @@ class CurvatureOperator(LinearOperator):
         total = torch.zeros_like(v)
         for recorded in self._recorded:
             total += self._space.flatten(recorded().product(directions))
+        self._communicator.sum_(total)
         return total.div_(self._weight * factor)

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from quadric.comm.communicator import Communicator, Solo
 from quadric.linalg.vector import dot
 from quadric.loss.loss import Loss
 from quadric.objective.curvature import Curvature, CurvatureOperator, Linearisation, RecordedGradient
@@ -46,6 +47,10 @@ class Objective:
     value, the gradient and every curvature product are of one and the same function. Running statistics (of batch
     normalisation) move with the gradient alone, once per step.
 
+    On several ranks each holds micro-batches of its own, or none, and the means are over the frames of all. Building an
+    objective, its value, its gradient and each curvature product are then for all ranks to do together, and give the
+    same on all of them to the bit. Normalisation over a batch remains one over the rank's own micro-batch.
+
     Args:
         model: called with a micro-batch's inputs.
         loss: a `Loss`: sums over frames.
@@ -53,12 +58,14 @@ class Objective:
         curvature: micro-batches of the curvature; default: those of the gradient.
         autocast: the type in which matrix products are computed, for example ``torch.bfloat16``; None: as they are.
             Vectors, sums and the loss stay in the parameters' type.
-        seed: of the random layers.
+        seed: of the random layers, which draw other numbers on each rank.
         memory: bytes that curvature may retain of its micro-batches; what goes beyond is recorded anew in every
             product, at about three times the price. None: half of what is free when the curvature is asked for.
+        communicator: of the ranks that hold the data.
 
     Raises:
-        ValueError: no micro-batch, or none with a frame that counts.
+        ValueError: no micro-batch, or none with a frame that counts, on any rank; models that are not the same on all.
+        RuntimeError: here and in every method: another rank died or fell silent. The model is as it was.
     """
 
     def __init__(
@@ -71,41 +78,45 @@ class Objective:
         autocast: torch.dtype | None = None,
         seed: int = 0,
         memory: int | None = None,
+        communicator: Communicator = Solo(),
     ) -> None:
         self.model, self.loss = model, loss
         self.space = ParameterSpace(model)
-        self.seed, self.memory = seed, memory
+        self.seed, self.memory, self.communicator = seed, memory, communicator
         self._gradient = gradient
         self._curvature = gradient if curvature is None else curvature
         self._autocast = autocast
         self.gradient_noise = math.nan
         """The standard error of the last gradient over its norm, told by its micro-batches; NaN where there is one."""
-        self.frames = self._weigh("gradient", self._gradient)
-        self.curvature_frames = self._weigh("curvature", self._curvature)
+        if communicator.size > 1:
+            communicator.agree("the model", self.space.fingerprint())
+        self.frames, self.curvature_frames = self._weigh(gradient=self._gradient, curvature=self._curvature)
 
     def value(self, theta: Float[Tensor, " n"], data: Data = Data.GRADIENT) -> float:
         """The mean loss at ``theta``, on the gradient's data or the curvature's."""
         on_gradient = data is Data.GRADIENT
         parameters = self.space.views(theta)
-        total = 0.0
+        total = self._zero()
         with torch.no_grad():
             for inputs, target, seed in self._stream(self._gradient if on_gradient else self._curvature):
-                total += float(self.loss(self._output(inputs, seed, parameters), target))
-        return total / (self.frames if on_gradient else self.curvature_frames)
+                total += self.loss(self._output(inputs, seed, parameters), target)
+        self.communicator.sum_(total)
+        return float(total) / (self.frames if on_gradient else self.curvature_frames)
 
     def value_and_grad(self, theta: Float[Tensor, " n"]) -> tuple[float, Float[Tensor, " n"]]:
         """The mean loss and its gradient at ``theta``; `gradient_noise` is then known."""
-        total, gradient = 0.0, torch.zeros_like(theta)
+        total, gradient = self._zero(), torch.zeros_like(theta)
         leaves, noise = self._leaves(theta), _Noise(theta)
         for inputs, target, seed in self._stream(self._gradient):
             value = self.loss(self._output(inputs, seed, leaves, moving=True), target)
             one = self.space.flatten(torch.autograd.grad(value, tuple(leaves.values()), materialize_grads=True))
             noise.add(one, float(self.loss.weight(target)))
             gradient += one
-            total += float(value.detach())
+            total += value.detach()
+        self.communicator.sum_(total, gradient)
         gradient /= self.frames
-        self.gradient_noise = noise.relative_to(gradient)
-        return total / self.frames, gradient
+        self.gradient_noise = noise.relative_to(gradient, self.communicator)
+        return float(total) / self.frames, gradient
 
     def curvature(self, theta: Float[Tensor, " n"], kind: Curvature = Curvature.GAUSS_NEWTON) -> CurvatureOperator:
         """The curvature at ``theta`` on the curvature's data, recorded once for every product.
@@ -117,7 +128,8 @@ class Objective:
         leaves = self._leaves(theta)
         batches = [partial(record, leaves, *batch) for batch in self._stream(self._curvature)]
         recorded = _retained(batches, self._free() if self.memory is None else self.memory)
-        return CurvatureOperator(self.space, recorded, self.curvature_frames, math.sqrt(dot(theta, theta)))
+        scale = math.sqrt(dot(theta, theta))
+        return CurvatureOperator(self.space, recorded, self.curvature_frames, scale, self.communicator)
 
     def fisher_diagonal(self, theta: Float[Tensor, " n"], draws: int = 4) -> Float[Tensor, " n"]:
         """An unbiased estimate of the diagonal of the empirical Fisher matrix, on the curvature's data.
@@ -141,13 +153,23 @@ class Objective:
                 sign = torch.randint(2, (*u.shape[:-1], 1), generator=generator, device=u.device) * 2 - 1
                 pulled = torch.autograd.grad(output, parameters, u * sign, retain_graph=True, materialize_grads=True)
                 total += self.space.flatten(pulled).square_()
+        self.communicator.sum_(total)
         return total / (draws * self.curvature_frames)
 
     def shared_counts(self, theta: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-        """How often each parameter is used for one frame, measured on the first micro-batch (see `sharing`)."""
-        inputs, _, seed = next(self._stream(self._curvature))
-        counts = uses_per_frame(lambda leaves: self._output(inputs, seed, leaves), self._leaves(theta))
-        return self.space.flatten(torch.full_like(view, counts[name]) for name, view in self.space.views(theta).items())
+        """How often each parameter is used for one frame, measured on the first micro-batch (see `sharing`).
+
+        On several ranks it is the mean over those that have one.
+        """
+        counts = torch.zeros(len(self.space.names) + 1, dtype=torch.float64, device=theta.device)
+        for inputs, _, seed in self._stream(self._curvature[:1]):
+            forward = partial(self._output, inputs, seed)
+            found = uses_per_frame(forward, self._leaves(theta))
+            counts = counts.new_tensor([*(found[name] for name in self.space.names), 1.0])
+        self.communicator.sum_(counts)
+        means = (counts[:-1] / counts[-1]).tolist()
+        views = self.space.views(theta).values()
+        return self.space.flatten(torch.full_like(view, mean) for view, mean in zip(views, means, strict=True))
 
     def _linearise(
         self, kind: Curvature, leaves: Mapping[str, Tensor], inputs: Tensor, target: Any, seed: int
@@ -184,13 +206,26 @@ class Objective:
         """The torch closure: clears the gradients, sets them to those of the mean loss, returns the mean loss."""
         for parameter in self.space.parameters:
             parameter.grad = None
-        total = torch.zeros((), dtype=torch.float64, device=self.space.device)
+        total = self._zero()
         with torch.enable_grad():
             for inputs, target, seed in self._stream(self._gradient):
                 value = self.loss(self._output(inputs, seed), target)
                 (value / self.frames).backward()
                 total += value.detach()
+        self._sum_gradients(total)
         return total / self.frames
+
+    def _sum_gradients(self, total: Tensor) -> None:
+        """Sums the parameters' gradients and ``total`` over the ranks; what no rank has a gradient of keeps none."""
+        parameters = self.space.parameters
+        ranks = torch.tensor([p.grad is not None for p in parameters], dtype=total.dtype, device=total.device)
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        self.communicator.sum_(total, ranks, *gradients)
+        for parameter, gradient, holders in zip(parameters, gradients, ranks.tolist(), strict=True):
+            parameter.grad = gradient if holders else None
+
+    def _zero(self) -> Tensor:
+        return torch.zeros((), dtype=torch.float64, device=self.space.device)
 
     def _leaves(self, theta: Tensor) -> dict[str, Tensor]:
         return {name: view.detach().requires_grad_() for name, view in self.space.views(theta).items()}
@@ -215,19 +250,26 @@ class Objective:
         return output.to(self.space.dtype)
 
     def _stream(self, batches: Sequence[MicroBatch]) -> Iterator[tuple[Tensor, Any, int]]:
-        device = self.space.device
+        device, ranks = self.space.device, self.communicator
         for index, (inputs, target, *_) in enumerate(batches):
             yield (
                 inputs.to(device),
                 target.to(device) if isinstance(target, Tensor) else target,
-                self.seed + index,
+                self.seed + index * ranks.size + ranks.rank,
             )
 
-    def _weigh(self, name: str, batches: Sequence[MicroBatch]) -> float:
-        frames = sum(float(self.loss.weight(target)) for _, target, *_ in batches)
-        if not frames:
-            raise ValueError(f"{name} holds {len(batches)} micro-batches and no frame that counts: give it data")
-        return frames
+    def _weigh(self, **sets: Sequence[MicroBatch]) -> list[float]:
+        """The frames of all ranks in each set of micro-batches."""
+        own = [sum(float(self.loss.weight(target)) for _, target, *_ in batches) for batches in sets.values()]
+        frames = torch.tensor(own, dtype=torch.float64, device=self.space.device)
+        self.communicator.sum_(frames)
+        for (name, batches), weight in zip(sets.items(), frames.tolist(), strict=True):
+            if not weight:
+                others = ", nor has any other rank" if self.communicator.size > 1 else ""
+                raise ValueError(
+                    f"{name} holds {len(batches)} micro-batches and no frame that counts{others}: give it data"
+                )
+        return frames.tolist()
 
 
 Recorded = Linearisation | RecordedGradient
@@ -294,16 +336,20 @@ class _Noise:
         self.batches += 1
         self.squares += dot(gradient, gradient)
         self.weights += weight * weight
-        self.weighted.add_(gradient, alpha=weight)
         self.total += weight
+        self.weighted.add_(gradient, alpha=weight)
 
-    def relative_to(self, mean: Tensor) -> float:
+    def relative_to(self, mean: Tensor, communicator: Communicator) -> float:
+        """The standard error over the norm of the mean gradient of all ranks."""
+        own = [self.batches, self.squares, self.weights, self.total, dot(self.weighted, mean)]
+        sums = torch.tensor(own, dtype=torch.float64, device=mean.device)
+        communicator.sum_(sums)
+        batches, squares, weights, total, along = sums.tolist()
         norm = dot(mean, mean)
-        if self.batches < 2 or not norm > 0:
+        if batches < 2 or not norm > 0:
             return math.nan
-        spread = self.squares - 2 * dot(self.weighted, mean) + self.weights * norm
-        variance = self.batches / (self.batches - 1) * max(spread, 0.0) / self.total**2
-        return math.sqrt(variance / norm)
+        spread = squares - 2 * along + weights * norm
+        return math.sqrt(batches / (batches - 1) * max(spread, 0.0) / total**2 / norm)
 
 
 @contextmanager
