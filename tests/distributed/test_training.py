@@ -56,7 +56,7 @@ def test_ranks_stay_the_same_to_the_bit_when_each_draws_its_own(tmp_path: Path) 
 
 def test_one_sum_per_gradient_and_per_product(tmp_path: Path) -> None:
     for size, gradient, products in run(tmp_path, 2, training.counts):
-        assert (gradient, products) == (size + 8, 3 * size)  # the value travels with the gradient
+        assert (gradient, products) == (size + 8 + 40, 3 * size)  # with the value, then five numbers of the noise
 
 
 @pytest.mark.parametrize("shares", [(2, 3, 1), (0, 6, 0), (6, 0, 0), (0, 1, 5)])
