@@ -19,7 +19,7 @@ try:
     from quadric.speech.scoring import read_text, score
     from quadric.train.console import bar, logged
     from quadric.train.overrides import absent_options, convert, options, override
-    from quadric.train.pipeline import decode_directory, report, run
+    from quadric.train.pipeline import check_output, decode_directory, report, run
     from quadric.train.recipe import Job
     from quadric.train.stages import plain
     from quadric.train.trainer import Interrupted
@@ -31,7 +31,7 @@ except ModuleNotFoundError as missing:
 
 _HERE = {
     "train": {'on_bad_audio="drop"': "on_bad_audio=drop"},
-    "decode": {'on_bad_audio="drop"': "--drop-bad-audio", "allow_commands=True": "--allow-commands"},
+    "decode": {'on_bad_audio="drop"': "--drop-bad-audio", "allow_commands=True": "--allow-commands", "out=": "--out "},
     "score": {"on_missing='count'": "--count-missing"},
     "report": {},
 }
@@ -202,6 +202,7 @@ def _sentence(error: Exception, here: Mapping[str, str]) -> str:
 
 
 def _decode(chosen: argparse.Namespace) -> None:
+    check_output(chosen.out)
     corpus = read_data_dir(chosen.data, allow_commands=chosen.allow_commands, allow_missing_text=True)
     with logged(chosen.out / "log"):
         lines = decode_directory(

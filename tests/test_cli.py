@@ -19,6 +19,7 @@ from quadric.recipes import RECIPES, digits
 from quadric.speech.ctm import read_ctm
 from quadric.speech.scoring import read_text
 from quadric.train.overrides import options, override
+from quadric.train.stages import alone_in
 from reference.tiny_job import TINY
 
 pytestmark = pytest.mark.speech
@@ -406,6 +407,34 @@ def test_decode_and_report(call: Call, corpus: Path, tmp_path: Path) -> None:
     (corpus / "test" / "text").unlink()
     status, printed, _ = call(*allowed, "--drop-bad-audio")
     assert (status, printed) == (0, f"recognised 3 utterances: {out / 'text'}\n")
+
+
+def test_decode_overwrites_no_data(call: Call, corpus: Path, tmp_path: Path) -> None:
+    data, system, job = corpus / "test", tmp_path / "system", tmp_path / "job" / "dev"
+    (tmp_path / "link").symlink_to(data)
+    for file in (system / "options.json", job / "key.json", job.parent / "sweep.json", job / "inside" / "feats.scp"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for out, what in (
+        (data, "a data directory is there (wav.scp)"),
+        (tmp_path / "link", "a data directory"),
+        (corpus / "dev" / ".." / "test", "a data directory"),
+        (job / "inside", "a data directory is there (feats.scp)"),
+        (system, "a trained system is there (options.json)"),
+        (job, "a part of a job"),
+        (job.parent / "test", "a part of a job is there (../sweep.json)"),
+    ):
+        message = call.refused("decode", system, data, "--out", out)
+        assert message.startswith(f"--out {out}: ") and what in message
+        assert message.endswith("which decoding would overwrite; name a folder of its own")
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_decode_is_alone_where_it_writes(call: Call, corpus: Path, tmp_path: Path) -> None:
+    with alone_in(tmp_path / "out"):
+        message = call.refused("decode", tmp_path, corpus / "test", "--out", tmp_path / "out")
+    assert message == f"--out {tmp_path / 'out'}: another job is at work there; wait for it, or use another folder"
 
 
 def test_damaged_files_are_named_with_the_remedy(call: Call, corpus: Path, tmp_path: Path) -> None:

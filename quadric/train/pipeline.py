@@ -275,7 +275,42 @@ def decode_directory(
 
     Returns:
         Kaldi's lines of word and sentence errors, or one line that says where the words are.
+
+    Raises:
+        ValueError: what is in ``out`` would be overwritten, or another process writes there.
     """
+    check_output(out)
+    with alone_in(out, "out"):
+        return _decode_directory(folder, corpus, out, lm_weight, word_penalty, on_bad_audio, jobs, progress)
+
+
+def check_output(out: Path) -> None:
+    """Raises ``ValueError`` if ``out`` is a folder whose files decoding would overwrite."""
+    for files, what in _NOT_TO_OVERWRITE.items():
+        found = [file for file in files if Path(os.path.normpath(out.resolve() / file)).is_file()]
+        if found:
+            raise ValueError(
+                f"out={out}: {what} is there ({found[0]}), which decoding would overwrite; name a folder of its own"
+            )
+
+
+_NOT_TO_OVERWRITE = {
+    ("wav.scp", "feats.scp"): "a data directory",
+    ("options.json",): "a trained system",
+    ("key.json", "job.json", "../sweep.json"): "a part of a job",
+}
+
+
+def _decode_directory(
+    folder: Path,
+    corpus: Corpus,
+    out: Path,
+    lm_weight: float | None,
+    word_penalty: float | None,
+    on_bad_audio: Literal["error", "drop"],
+    jobs: int,
+    progress: Progress,
+) -> tuple[str, ...]:
     system = System.load(folder)
     system = system.tuned(
         system.lm_weight if lm_weight is None else lm_weight,
@@ -300,7 +335,6 @@ def decode_directory(
         id: word_tokens(word_segments(words[id], pdfs, system.lexicon, system.tying), shift)
         for id, pdfs in times.pdfs.items()
     }
-    out.mkdir(parents=True, exist_ok=True)
     write_ctm(out / "hyp.ctm", tokens)
     scoring.write_text(out / "text", words)
     said = Corpus(corpus.name, tuple(u for u in corpus if u.words))

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from quadric.files import new_file, new_folder
+from quadric.files import new_file, new_folder, writing_to
 
 logger = logging.getLogger(__name__)
 
@@ -49,18 +49,23 @@ def digest(*parts: Any) -> str:
 
 
 @contextmanager
-def alone_in(work: Path) -> Iterator[None]:
+def alone_in(work: Path, argument: str = "work") -> Iterator[None]:
     """Holds the working folder: two jobs at once would write into each other's files.
 
     Raises:
-        ValueError: another process holds it.
+        Unwritable: the folder cannot be made or written.
+        ValueError: another process holds it; the message names it as ``argument``.
     """
-    work.mkdir(parents=True, exist_ok=True)
-    with (work / ".lock").open("w") as lock:
+    with writing_to(work):
+        work.mkdir(parents=True, exist_ok=True)
+        lock = (work / ".lock").open("w")
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"work={work}: another job is at work there; wait for it, or use another folder") from None
+            raise ValueError(
+                f"{argument}={work}: another job is at work there; wait for it, or use another folder"
+            ) from None
         yield
 
 
