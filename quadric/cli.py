@@ -132,6 +132,10 @@ def _recipes() -> str:
         )
         lines.append(f"  {recipe.__name__} {arguments}")
         lines.append(f"      {(inspect.getdoc(recipe) or '').splitlines()[0]}")
+    lines.append(
+        "\nalignments=FILE takes times of phones or of words (FILE.ctm), or a Kaldi archive of one pdf a frame,"
+    )
+    lines.append("numbered as quadric does: state s of phone p is 3 p + s; phone 0 is SIL, then the lexicon's, by name")
     lines.append("\nall options of a recipe with their values: quadric train RECIPE ... --options")
     return "\n".join(lines)
 

@@ -15,11 +15,13 @@ import pytest
 import soundfile
 
 from quadric.cli import main
-from quadric.recipes import RECIPES, digits
+from quadric.progress import silent
+from quadric.recipes import RECIPES, digits, directory
 from quadric.speech.ctm import read_ctm
 from quadric.speech.scoring import read_text
 from quadric.train.overrides import options, override
-from quadric.train.stages import alone_in
+from quadric.train.prepare import prepare
+from quadric.train.stages import Stages, alone_in
 from reference.tiny_job import TINY
 
 pytestmark = pytest.mark.speech
@@ -298,6 +300,24 @@ def test_tables_that_are_wrong(
     offered = re.search(r"\(that is (\S+)\)", message)
     assert (offered[1] if offered else None) == option
     assert message.startswith("train: ")
+
+
+@pytest.mark.parametrize("shift", [10.0, 12.5])
+def test_hours_are_those_of_the_audio(corpus: Path, caplog: pytest.LogCaptureFixture, shift: float) -> None:
+    files = (corpus / "train" / "wav").iterdir()
+    hours = 100 * sum(soundfile.info(file).duration for file in files) / 3600  # a hundred copies, by name
+    for i in range(99):
+        for table in ("text", "wav.scp", "utt2spk"):
+            lines = (corpus / "train" / table).read_text().splitlines()[:24]
+            with (corpus / "train" / table).open("a") as file:
+                file.writelines(f"copy{i}-{line}\n" for line in lines)
+    job = override(
+        directory(corpus, corpus / "lexicon.txt"), ["fbank.rate=8000", f"fbank.frame_shift_ms={shift}", "jobs=1"]
+    )
+    with caplog.at_level("INFO"):
+        prepare(job, Stages(corpus.parent / "work"), silent)
+    (said,) = re.findall(r"train: 2400 utterances of 2 speakers, (\S+) hours", caplog.text)
+    assert float(said) == pytest.approx(hours, abs=0.02)
 
 
 def test_words_that_are_not_in_the_lexicon(call: Call, corpus: Path) -> None:

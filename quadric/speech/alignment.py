@@ -278,7 +278,9 @@ def save_alignments(path: str | os.PathLike[str], pdfs: Mapping[str, Int32[np.nd
 
 
 def load_alignments(path: str | os.PathLike[str]) -> dict[str, Int32[np.ndarray, " T"]]:
-    """Reads a Kaldi archive of integer vectors: what :func:`save_alignments` wrote, or ``ali-to-pdf`` of Kaldi.
+    """Reads a Kaldi archive of integer vectors, as :func:`save_alignments` writes it.
+
+    Kaldi's ``ali-to-pdf`` writes this form as well, with the pdfs numbered as in Kaldi's own model.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -293,7 +295,7 @@ def load_alignments(path: str | os.PathLike[str]) -> dict[str, Int32[np.ndarray,
         raise ValueError(f"{path} is not a Kaldi archive of integer vectors: {error}") from error
     for id, values in entries.items():
         if not isinstance(values, np.ndarray) or values.ndim != 1 or not np.issubdtype(values.dtype, np.integer):
-            raise ValueError(f"{path} holds no integer vector for {id}: write the pdf of every frame with ali-to-pdf")
+            raise ValueError(f"{path} holds no integer vector for {id}: write the pdf of every frame")
     return {id: values.astype(np.int32) for id, values in entries.items()}
 
 

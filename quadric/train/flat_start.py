@@ -8,6 +8,7 @@ Viterbi alignment by that network is the result.
 from __future__ import annotations
 
 import logging
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +24,12 @@ from quadric.model.acoustic import TDNN, log_priors
 from quadric.progress import Progress
 from quadric.speech.alignment import ForcedAlignment, align, fit_lengths, load_alignments, save_alignments
 from quadric.speech.corpus import Corpus
-from quadric.speech.ctm import read_ctm, targets_from_phones, targets_from_words
+from quadric.speech.ctm import read_ctm, targets_from_phones, targets_from_words, word_segments
 from quadric.speech.gaussian import bootstrap
 from quadric.speech.graph import AlignmentGraphs
-from quadric.speech.topology import Tying, monophone
+from quadric.speech.lexicon import SILENCE
+from quadric.speech.tables import few
+from quadric.speech.topology import STATES, Tying, monophone
 from quadric.train import checkpoint
 from quadric.train.prepare import Prepared
 from quadric.train.recipe import Job
@@ -149,16 +152,37 @@ def _imported(path: Path, prepared: Prepared, tying: Tying) -> dict[str, Int32[n
         known = {id: row for id, row in load_alignments(path).items() if id in features}
         _refuse_none(known, path)
         lengths = {id: len(features[id]) for id in known}
-        return fit_lengths(known, lengths, num_pdfs=tying.num_pdfs, tolerance=2)
+        fitting = fit_lengths(known, lengths, num_pdfs=tying.num_pdfs, tolerance=2)
+        _check_paths(fitting, path, prepared, tying)
+        return fitting
     tokens = {id: times for id, times in read_ctm(path).items() if id in features}
     _refuse_none(tokens, path)
     words = {token.label for times in tokens.values() for token in times} <= set(prepared.lexicon.words)
+    shift = prepared.front.fbank.frame_shift_ms / 1000
     return {
-        id: targets_from_words(times, len(features[id]), prepared.lexicon, tying)
+        id: targets_from_words(times, len(features[id]), prepared.lexicon, tying, frame_shift=shift)
         if words
-        else targets_from_phones(times, len(features[id]), tying)
+        else targets_from_phones(times, len(features[id]), tying, frame_shift=shift)
         for id, times in tokens.items()
     }
+
+
+def _check_paths(pdfs: Targets, path: Path, prepared: Prepared, tying: Tying) -> None:
+    """Raises ``ValueError`` naming the utterances whose pdfs do not say their words."""
+    corpus = prepared.perturbed.by_id
+    wrong: dict[str, str] = {}
+    for id, row in pdfs.items():
+        try:
+            word_segments(corpus[id].words, row, prepared.lexicon, tying)
+        except ValueError as error:
+            wrong[id] = str(error)
+    if wrong:
+        first = textwrap.shorten(next(iter(wrong.values())), 200, placeholder=" ...")
+        raise ValueError(
+            f"alignments={path}: of {len(pdfs)} utterances, those whose pdfs do not say their words are {few(wrong)}; "
+            f"of the first, {first}. Number the pdfs as quadric does (state s of phone p is {STATES} p + s; phone 0 is "
+            f"{SILENCE}, then come the lexicon's in order of their names), or give a CTM file of phones or of words"
+        )
 
 
 def _content(path: Path) -> np.ndarray:

@@ -100,8 +100,8 @@ def prepare(job: Job, stages: Stages, progress: Progress) -> Prepared:
         frames = sum(len(features[split][utterance.id]) for utterance in corpus)
         logger.info(
             "%s: %d utterances of %d speakers, %.2f hours, %d words, language-model perplexity %.1f",
-            split, len(corpus), len(corpus.speakers), frames / 360_000, sum(corpus.word_counts().values()),
-            perplexity[split],
+            split, len(corpus), len(corpus.speakers), frames * job.fbank.frame_shift_ms / 3_600_000,
+            sum(corpus.word_counts().values()), perplexity[split],
         )  # fmt: skip
     return Prepared(corpora, perturbed or corpora["train"], features, front, lexicon, arpa, perplexity)
 

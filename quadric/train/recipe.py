@@ -286,7 +286,12 @@ class Job:
         speeds: copies of the training audio at these speeds.
         lm_order: of the n-gram model estimated from the training text.
         arpa: a language model of your own instead.
-        alignments: Kaldi per-frame pdf alignments of the training set instead of a flat start.
+        alignments: a file of alignments of the training set, instead of the Gaussian ones that the flat start begins
+            with; its network is trained all the same, and aligns the development set and what the file lacks. Either
+            times of phones or of words (``FILE.ctm``), or a Kaldi archive of one pdf a frame, numbered as `monophone`
+            does: state s (0, 1 or 2) of phone p is pdf 3 p + s, where phone 0 is silence and those of the lexicon
+            follow in order of their names. Kaldi numbers the pdfs of its own models in another way: from there, give
+            a CTM of phones (``ali-to-phones --ctm-output``) or of words.
         flat_start: how alignments are found.
         realign: a training of the network whose alignments replace the flat start's; None: leave it out.
         tree: tied triphone states; None: monophone states.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from quadric.loss.full_sum import FullSum
 from quadric.model.acoustic import log_priors
 from quadric.progress import silent
 from quadric.recipes import digits
-from quadric.speech.alignment import align, load_alignments
+from quadric.speech.alignment import align, load_alignments, save_alignments
 from quadric.speech.corpus import Corpus, Utterance
+from quadric.speech.ctm import Token, phone_tokens, targets_from_words, word_segments, word_tokens, write_ctm
 from quadric.speech.features import Fbank
 from quadric.speech.lexicon import Lexicon
 from quadric.speech.normalisation import Normalisation
@@ -113,3 +115,66 @@ def test_priors_and_scales(prepared: Prepared, tmp_path: Path, monkeypatch: pyte
 
     assert off(priors[-1]) < 0.002  # rounding may tip a frame; measured: none
     assert min(off(priors[-2]), off(0 * priors[-1])) > 0.005  # measured: 0.02 and 0.09
+
+
+# ------------------------------------------------------------------------------------------------ made elsewhere
+
+
+def times(prepared: Prepared, shift: float, what: str = "words") -> dict[str, tuple[Token, ...]]:
+    """Of every training utterance, its words or phones one after another, between six frames of silence."""
+    tokens = {}
+    for utterance in prepared.corpora["train"]:
+        said = list(utterance.words)
+        if what == "phones":
+            said = [phone for word in said for phone in LEXICON.pronunciations(word)[0]]
+        edges = np.linspace(6, len(prepared.features["train"][utterance.id]) - 6, len(said) + 1).round() * shift
+        tokens[utterance.id] = tuple(map(Token, said, edges[:-1].tolist(), edges[1:].tolist()))
+    return tokens
+
+
+@pytest.mark.parametrize("what", ["words", "phones"])
+def test_times_are_counted_in_the_features_own_frames(prepared: Prepared, tmp_path: Path, what: str) -> None:
+    slow = replace(prepared, front=Front(Fbank(frame_shift_ms=12.5), Normalisation()))
+    given = times(slow, 0.0125, what)
+    write_ctm(tmp_path / "given.ctm", given)
+    job = override(digits(48), [*TINY, *OPTIONS, "flat_start.rounds=0", f"alignments={tmp_path / 'given.ctm'}"])
+    found = flat_start.flat_start(job, slow, Stages(tmp_path), silent).train
+    for utterance in slow.corpora["train"]:
+        row, tokens = found[utterance.id], given[utterance.id]
+        assert word_segments(utterance.words, row, LEXICON, TYING)[-1].end == len(row) - 6
+        if what == "phones":
+            heard = [token for token in phone_tokens(row, TYING, 0.0125) if token.label != "SIL"]
+        else:
+            heard = list(word_tokens(word_segments(utterance.words, row, LEXICON, TYING), 0.0125))
+        assert [token.label for token in heard] == [token.label for token in tokens]
+        assert [token.start for token in heard] == pytest.approx([token.start for token in tokens])
+
+
+@pytest.mark.parametrize("fault", ["permuted", "zeros", "another order of phones", "one of them", None])
+def test_pdfs_that_do_not_say_the_words_are_refused(prepared: Prepared, tmp_path: Path, fault: str | None) -> None:
+    said = times(prepared, 0.01)
+    good = {id: targets_from_words(t, len(prepared.features["train"][id]), LEXICON, TYING) for id, t in said.items()}
+    orders = {
+        "permuted": np.random.default_rng(0).permutation(TYING.num_pdfs),
+        "zeros": np.zeros(TYING.num_pdfs, np.int64),
+        "another order of phones": np.array([0, 1, 2, 6, 7, 8, 3, 4, 5]),
+    }
+    rows = dict(good)
+    if fault in orders:
+        rows = {id: orders[fault][row].astype(np.int32) for id, row in good.items()}
+    elif fault:
+        rows["train7"] = np.zeros_like(good["train7"])
+    archive = tmp_path / "ali.ark"
+    save_alignments(archive, rows)
+    job = override(digits(48), [*TINY, *OPTIONS, "flat_start.rounds=0", f"alignments={archive}"])
+    if fault is None:
+        found = flat_start.flat_start(job, prepared, Stages(tmp_path), silent).train
+        assert all(np.array_equal(found[id], row) for id, row in good.items())
+        return
+    with pytest.raises(ValueError, match=r"or give a CTM file of phones or of words$") as refused:
+        flat_start.flat_start(job, prepared, Stages(tmp_path), silent)
+    message = str(refused.value)
+    assert message.startswith(f"alignments={archive}: of 30 utterances, those whose pdfs do not say their words are ")
+    assert "state s of phone p is 3 p + s" in message
+    if fault == "one of them":
+        assert "are 1 (train7); of the first, the alignment says SIL, which is no pronunciation of " in message
