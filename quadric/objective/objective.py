@@ -260,6 +260,11 @@ class Objective:
 
     def _weigh(self, **sets: Sequence[MicroBatch]) -> list[float]:
         """The frames of all ranks in each set of micro-batches."""
+        if not isinstance(self.loss, Loss):
+            raise ValueError(f"loss={self.loss}: sums over frames are wanted, such as quadric.loss.loss.CrossEntropy()")
+        for name, batches in sets.items():
+            if any(isinstance(batch, Tensor) for batch in batches):
+                raise ValueError(f"{name} holds tensors: give a list of micro-batches, such as [(inputs, target)]")
         own = [sum(float(self.loss.weight(target)) for _, target, *_ in batches) for batches in sets.values()]
         frames = torch.tensor(own, dtype=torch.float64, device=self.space.device)
         self.communicator.sum_(frames)

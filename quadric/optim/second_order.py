@@ -218,7 +218,7 @@ def _diagnose(
 ) -> Diagnosis:
     if step is not None:
         outcome = Outcome.ACCEPTED
-    elif path.points and path.outcome is not Outcome.ZERO_RIGHT_HAND_SIDE:
+    elif path.points and evaluations and path.outcome is not Outcome.ZERO_RIGHT_HAND_SIDE:
         outcome = Outcome.NO_DECREASE
     else:
         outcome = path.outcome

@@ -180,3 +180,11 @@ def test_misuse_is_explained() -> None:
     nothing = (draw(1, 2, 3), torch.full((1, 2), -1))
     with pytest.raises(ValueError, match="curvature holds 1 micro-batches and no frame"):
         Objective(net(), CrossEntropy(), split(*data(), [6]), [nothing])
+    with pytest.raises(
+        ValueError, match=r"^loss=CrossEntropyLoss\(\): sums .* such as quadric\.loss\.loss\.CrossEntropy"
+    ):
+        Objective(net(), torch.nn.CrossEntropyLoss(), [data()])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"gradient holds tensors: give a list of micro-batches, such as \[\(inputs"):
+        Objective(net(), CrossEntropy(), data())
+    with pytest.raises(ValueError, match="curvature holds tensors: give a list"):
+        Objective(net(), CrossEntropy(), [data()], data())
