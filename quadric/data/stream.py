@@ -19,6 +19,8 @@ Items: TypeAlias = Int64[np.ndarray, " items"]
 # What a random stream is for: streams of one seed but different purposes are independent.
 _ORDER, _SAMPLE, _TRANSFORM, _SAMPLE_TRANSFORM = range(4)
 _LISTED = 10
+MICRO_FRAMES = 10_000
+"""The most frames of a minibatch, if nothing else is said."""
 
 
 class FrameStream:
@@ -58,7 +60,7 @@ class FrameStream:
         targets: Mapping[str, Any],
         *,
         context: tuple[int, int],
-        micro_frames: int = 10_000,
+        micro_frames: int = MICRO_FRAMES,
         chunk: int | None = 50,
         seed: int = 0,
         transform: Transform | None = None,

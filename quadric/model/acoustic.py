@@ -121,9 +121,9 @@ class TDNN(nn.Module):
         norm: Norm = "none",
     ) -> None:
         super().__init__()
-        _check_sizes(inputs, outputs, sizes)
-        _check_offsets(offsets, len(sizes))
-        _check_layer_options(activation, dropout, norm)
+        if inputs < 1 or outputs < 1:
+            raise ValueError(f"inputs is {inputs} and outputs is {outputs}; both must be at least 1")
+        check_layers(sizes, offsets, activation, dropout, norm)
         self.inputs, self.outputs = inputs, outputs
         self.left_context = -sum(shifts[0] for shifts in offsets)
         self.right_context = sum(shifts[-1] for shifts in offsets)
@@ -250,9 +250,16 @@ def _check_log_prior(log_prior: Tensor, classes: int) -> None:
         )
 
 
-def _check_sizes(inputs: int, outputs: int, sizes: Sequence[int]) -> None:
-    if inputs < 1 or outputs < 1:
-        raise ValueError(f"inputs is {inputs} and outputs is {outputs}; both must be at least 1")
+def check_layers(
+    sizes: Sequence[int], offsets: Sequence[Sequence[int]], activation: str, dropout: float, norm: str
+) -> None:
+    """Raises ``ValueError`` if no network has such hidden layers."""
+    _check_sizes(sizes)
+    _check_offsets(offsets, len(sizes))
+    _check_layer_options(activation, dropout, norm)
+
+
+def _check_sizes(sizes: Sequence[int]) -> None:
     if len(sizes) == 0 or any(size < 1 for size in sizes):
         raise ValueError(f"sizes is {list(sizes)}; give the units of each hidden layer, at least one layer of one unit")
 

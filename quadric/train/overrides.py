@@ -8,6 +8,7 @@ import json
 import pkgutil
 import typing
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -16,10 +17,10 @@ Record = TypeVar("Record")
 
 
 def override(record: Record, assignments: Iterable[str]) -> Record:
-    """``record`` with each ``path.to.field=value`` replaced, in order.
+    """``record`` with each ``path.to.field=value`` replaced; of one field, the last counts.
 
-    Values are written as JSON or as bare words: ``8``, ``3e-4``, ``[512, 512]``, ``none``, ``tdnn``. Types are checked
-    against the field's.
+    All are replaced at once, so that options which only go together can be given in any order. Values are written as
+    JSON or as bare words: ``8``, ``3e-4``, ``[512, 512]``, ``none``, ``tdnn``. Types are checked against the field's.
 
     Raises:
         ValueError: no ``=``, no such field (with the nearest names), or a value of the wrong type.
@@ -31,12 +32,13 @@ def override(record: Record, assignments: Iterable[str]) -> Record:
     >>> override(Options(), ["lr=1e-3", "sizes=[4, 5]"])
     Options(lr=0.001, sizes=(4, 5))
     """
+    draft = _Draft(record)
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         if not equals:
             raise ValueError(f"override {assignment!r} has no '=': write path.to.option=value")
-        record = _replace(record, path.split("."), text, path)
-    return record
+        draft.set(path.split("."), text, path)
+    return draft.made()
 
 
 def options(record: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
@@ -60,26 +62,55 @@ def _values(record: Any) -> Iterable[tuple[str, Any]]:
     return ((field.name, getattr(record, field.name)) for field in dataclasses.fields(record))
 
 
-def _replace(record: Any, keys: list[str], text: str, path: str) -> Any:
-    names = [field.name for field in dataclasses.fields(record)] if dataclasses.is_dataclass(record) else []
-    if keys[0] not in names:
-        near = difflib.get_close_matches(keys[0], names, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names) or 'none'}"
-        raise ValueError(f"{path}: {type(record).__name__} has no option {keys[0]!r}; {hint}")
-    if len(keys) > 1:
-        inner = getattr(record, keys[0])
-        if inner is None:
-            kind = _group(record, keys[0])
-            if kind is None:
-                raise ValueError(f"{path}: {keys[0]} is None and has no options of its own")
-            inner = kind()
-        value = _replace(inner, keys[1:], text, path)
-    else:
-        value = convert(_hints(type(record))[keys[0]], text, path)
-    try:
-        return dataclasses.replace(record, **{keys[0]: value})
-    except ValueError as error:
-        raise ValueError(f"{path}={text}: {error}") from error
+class _Draft:
+    """A record and what is to be changed of it."""
+
+    def __init__(self, record: Any) -> None:
+        self._record = record
+        self._inner: dict[str, _Draft] = {}
+        self._values: dict[str, Any] = {}
+        self._said: dict[str, tuple[str, str]] = {}  # the path and the text of each of these values
+
+    def set(self, keys: list[str], text: str, path: str) -> None:
+        """Takes a value for the field that ``keys`` lead to."""
+        record, key = self._record, keys[0]
+        names = [field.name for field in dataclasses.fields(record)] if dataclasses.is_dataclass(record) else []
+        if key not in names:
+            near = difflib.get_close_matches(key, names, n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names) or 'none'}"
+            raise ValueError(f"{path}: {type(record).__name__} has no option {key!r}; {hint}")
+        if len(keys) == 1:
+            self._values[key] = convert(_hints(type(record))[key], text, path)
+            self._said[key] = (path, text)
+            self._inner.pop(key, None)
+            return
+        if key not in self._inner:
+            inner = self._values.pop(key, getattr(record, key))
+            self._said.pop(key, None)
+            if inner is None:
+                kind = _group(record, key)
+                if kind is None:
+                    raise ValueError(f"{path}: {key} is None and has no options of its own")
+                inner = kind()
+            self._inner[key] = _Draft(inner)
+        self._inner[key].set(keys[1:], text, path)
+
+    def made(self) -> Any:
+        """The record with everything changed."""
+        changed = self._values | {key: draft.made() for key, draft in self._inner.items()}
+        try:
+            return dataclasses.replace(self._record, **changed) if changed else self._record
+        except ValueError as error:
+            raise ValueError(self._sentence(str(error))) from error
+
+    def _sentence(self, problem: str) -> str:
+        """``problem`` with the options that were given, as they were given."""
+        for key, (path, text) in self._said.items():
+            for shown in (self._values[key], text):
+                if problem.startswith(f"{key}={shown}"):
+                    return f"{path}={text}{problem.removeprefix(f'{key}={shown}')}"
+        given = ", ".join(f"{path}={text}" for path, text in self._said.values())
+        return f"{given}: {problem}" if given else problem
 
 
 def _group(record: Any, name: str) -> type | None:
@@ -102,16 +133,16 @@ def convert(kind: Any, text: str, path: str) -> Any:
         except json.JSONDecodeError:
             value = text
     if dataclasses.is_dataclass(kind):
-        raise ValueError(f"{path}={text}: a group of options; set one of them, for example {path}.{_first(kind)}=value")
+        raise ValueError(f"{path}={text}: {_wanted(kind, path)}")
     if typing.get_origin(kind) is type:
         return _subclass(typing.get_args(kind)[0], text, path)
     adapter = TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True))
     for candidate in (value, text):
         try:
             return adapter.validate_python(candidate)
-        except ValidationError as failed:
-            error = failed
-    raise ValueError(f"{path}={text}: {error.errors()[0]['msg']}; the option is a {_name(kind)}")
+        except ValidationError:
+            continue
+    raise ValueError(f"{path}={text}: must be {_wanted(kind, path)}")
 
 
 def _subclass(base: type, text: str, path: str) -> type:
@@ -127,12 +158,44 @@ def _subclass(base: type, text: str, path: str) -> type:
     raise ValueError(f"{path}={text}: no such {base.__name__}; name its class, for example {beside}.SGD")
 
 
-def _first(kind: Any) -> str:
-    return dataclasses.fields(kind)[0].name
+_KINDS = {
+    bool: ("true or false", "truth values", "true"),
+    int: ("a whole number", "whole numbers", "4"),
+    float: ("a number", "numbers", "0.5"),
+    str: ("a word", "words", "a"),
+    Path: ("a path", "paths", "a/b"),
+}
+"""Of the types that options have, what one is called, what several are, and an example."""
 
 
-def _name(kind: Any) -> str:
-    return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind).replace("typing.", "")
+def _wanted(kind: Any, path: str) -> str:
+    """What the option ``path`` can be, with an example."""
+    parts = typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        names = [field.name for field in dataclasses.fields(kind)]
+        return f"a group of options; set one of them, for example {path}.{names[0]}=value (it has {', '.join(names)})"
+    if typing.get_origin(kind) is typing.Literal:
+        return " or ".join(map(repr, parts))
+    if type(None) in parts:
+        return f"none or {' or '.join(_wanted(part, path) for part in parts if part is not type(None))}"
+    if typing.get_origin(kind) is tuple:
+        return f"{_several(kind, 'a list')}, for example {path}={_example(kind)}"
+    if kind in _KINDS and kind is not bool:
+        return f"{_KINDS[kind][0]}, for example {path}={_KINDS[kind][2]}"
+    return _KINDS[kind][0] if kind in _KINDS else f"a {getattr(kind, '__name__', kind)}"
+
+
+def _several(kind: Any, what: str) -> str:
+    parts = typing.get_args(kind)
+    of = _several(parts[0], "lists") if typing.get_origin(parts[0]) is tuple else _KINDS[parts[0]][1]
+    return f"{what} of {of}" if parts[-1] is Ellipsis else f"{what} of {len(parts)} {of}"
+
+
+def _example(kind: Any) -> str:
+    parts = typing.get_args(kind)
+    count = 2 if parts[-1] is Ellipsis else len(parts)
+    one = _example(parts[0]) if typing.get_origin(parts[0]) is tuple else _KINDS[parts[0]][2]
+    return f"[{','.join([one] * count)}]"
 
 
 def _hints(kind: type) -> dict[str, Any]:

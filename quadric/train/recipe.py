@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR, LambdaLR, LRScheduler
 
 from quadric.data.augment import SpecAugment
-from quadric.model.acoustic import DNN, SHIFTS, TDNN, Activation, Norm
+from quadric.data.stream import MICRO_FRAMES
+from quadric.model.acoustic import DNN, SHIFTS, TDNN, Activation, Norm, check_layers
 from quadric.optim.second_order import hessian_free
 from quadric.speech.features import Fbank
 from quadric.speech.gaussian import GaussianBootstrap
@@ -48,6 +49,11 @@ class Network:
     activation: Activation = "relu"
     dropout: float = 0.0
     norm: Norm = "layer"
+
+    def __post_init__(self) -> None:
+        _check(self, context=_NOT_NEGATIVE)
+        offsets = ((0,),) * len(self.sizes) if self.kind == "dnn" else self.offsets
+        check_layers(self.sizes, offsets, self.activation, self.dropout, self.norm)
 
     def build(self, inputs: int, outputs: int) -> TDNN:
         """The network, initialised from torch's random numbers."""
@@ -334,7 +340,7 @@ class Job:
     jobs: int = 2
 
     def __post_init__(self) -> None:
-        _check(self, jobs=_POSITIVE, chunk=_POSITIVE, seed=_NOT_NEGATIVE, deltas=_NOT_NEGATIVE, lm_order=_POSITIVE)
+        _check(self, jobs=_POSITIVE, chunk=_WINDOW, seed=_NOT_NEGATIVE, deltas=_NOT_NEGATIVE, lm_order=_POSITIVE)
         _check(self, speeds=_ALL_POSITIVE)
         if 1.0 not in self.speeds or len(set(self.speeds)) < len(self.speeds):
             raise ValueError(
@@ -357,6 +363,10 @@ _POSITIVE: _Rule = (lambda value: 0 < value < math.inf, "must be positive")
 _NOT_NEGATIVE: _Rule = (lambda value: 0 <= value < math.inf, "must not be negative")
 _NONE_OR_NOT_NEGATIVE: _Rule = (lambda value: value is None or 0 <= value < math.inf, "must not be negative")
 _SHARE: _Rule = (lambda value: 0 <= value <= 1, "must be between 0 and 1")
+_WINDOW: _Rule = (
+    lambda value: 1 <= value <= MICRO_FRAMES,
+    f"must be between 1 and {MICRO_FRAMES}, the frames of a micro-batch",
+)
 _ALL_POSITIVE: _Rule = (
     lambda values: len(values) > 0 and all(0 < v < math.inf for v in values),
     "needs positive values",

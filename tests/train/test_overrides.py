@@ -54,10 +54,15 @@ def test_an_absent_group_comes_to_life_and_goes() -> None:
         ("rate", "has no '='"),
         ("rat=1", "did you mean rate"),
         ("rate=fast", "rate=fast.*number"),
-        ("sizes=3", "sizes=3.*tuple"),
+        ("sizes=3", r"sizes=3: must be a list of whole numbers, for example sizes=\[4,4\]"),
         ("kind=c", "'a' or 'b'"),
         ("inner.depht=3", "did you mean depth"),
-        ("inner.depth=-1", "depth=-1: must not be negative"),
+        ("inner.depth=-1", "^inner.depth=-1: must not be negative$"),
+        (
+            "nested=[1]",
+            r"nested=\[1\]: must be a list of lists of whole numbers, for example nested=\[\[4,4\],\[4,4\]\]",
+        ),
+        ("maybe=3", r"maybe=3: must be none or a group of options; set one of them, for example maybe.depth=value"),
         ("inner=3", "a group of options.*inner.depth=value"),
         ("name.first=3", "name.first"),
         ("optimizer=Sgd", "no such Optimizer; name its class, for example torch.optim.SGD"),
@@ -67,6 +72,25 @@ def test_an_absent_group_comes_to_life_and_goes() -> None:
 def test_errors_name_the_option_and_the_remedy(assignment: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         override(Outer(), [assignment])
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    low: int = 0
+    high: int = 9
+
+    def __post_init__(self) -> None:
+        if self.low > self.high:
+            raise ValueError(f"the span from {self.low} to {self.high} is empty")
+
+
+def test_options_that_go_together_are_given_in_any_order() -> None:
+    for given in (["low=12", "high=15"], ["high=15", "low=12"], ["low=99", "high=15", "low=12"]):
+        assert override(Span(), given) == Span(12, 15)
+    with pytest.raises(ValueError, match=r"^low=12, high=10: the span from 12 to 10 is empty$"):
+        override(Span(), ["low=12", "high=10"])
+    assert override(Outer(), ["inner.depth=7", "maybe.depth=2", "maybe=none"]) == Outer(inner=Inner(7))
+    assert override(Outer(maybe=Inner(5)), ["maybe=none", "maybe.depth=2"]) == Outer(maybe=Inner(2))
 
 
 @pytest.mark.parametrize("name", ["SGD", "torch.optim.SGD", "torch.optim.sgd.SGD"])

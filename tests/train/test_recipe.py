@@ -42,6 +42,13 @@ from quadric.train.overrides import override
         "speeds=[]",
         "speeds=[1.0,1.0]",
         "chunk=0",
+        "chunk=10001",
+        "network.sizes=[48,48]",
+        "network.sizes=[]",
+        "network.offsets=[[0],[0],[1],[0],[0]]",
+        "network.dropout=1",
+        "network.context=-1",
+        "flat_start.network.sizes=[0]",
         "jobs=0",
         "name=../escape",
     ],
@@ -89,3 +96,8 @@ def test_trying_an_optimiser_draws_no_random_numbers() -> None:
     before = torch.get_rng_state()
     override(digits(), ["first_order.optimizer=SGD"])
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_network_is_judged_when_all_its_options_are_given() -> None:
+    job = override(digits(), ["network.sizes=[48,48]", "network.offsets=[[-1,0,1],[0]]"])
+    assert job.network.build(3, 4).left_context == 1
