@@ -22,6 +22,8 @@ from quadric.files import new_file, new_folder, writing_to
 
 logger = logging.getLogger(__name__)
 
+_FORMAT = 1  # part of every key: raise it when a stage makes something else of the same, so that old ones are not taken
+
 
 def plain(value: Any) -> Any:
     """``value`` as JSON can hold it: dataclasses as dicts, paths and types as strings.
@@ -44,7 +46,7 @@ def plain(value: Any) -> Any:
 
 def digest(*parts: Any) -> str:
     """Ten hexadecimal digits that name ``parts``."""
-    text = json.dumps(plain(list(parts)), sort_keys=True)
+    text = json.dumps([_FORMAT, *plain(list(parts))], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
@@ -70,8 +72,8 @@ def alone_in(work: Path, argument: str = "work") -> Iterator[None]:
 
 
 @contextmanager
-def reading(folder: Path) -> Iterator[None]:
-    """Turns whatever goes wrong in reading what a stage has written into a sentence with the remedy.
+def reading(folder: Path, by: str = "`quadric train`") -> Iterator[None]:
+    """Turns whatever goes wrong in reading what a stage has written into a sentence with the remedy, to run ``by``.
 
     Raises:
         ValueError: the folder is damaged.
@@ -80,9 +82,7 @@ def reading(folder: Path) -> Iterator[None]:
         yield
     except (ValueError, LookupError, TypeError, OSError, RuntimeError) as error:
         what = f"no {error} in it" if isinstance(error, KeyError) else error
-        raise ValueError(
-            f"{folder} is damaged ({what}): delete it, and the same `quadric train` makes it again"
-        ) from error
+        raise ValueError(f"{folder} is damaged ({what}): delete it, and the same {by} makes it again") from error
 
 
 class Stages:

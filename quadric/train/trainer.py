@@ -146,7 +146,7 @@ class Trainer:
         """Trains to the end of the plan, from ``state.pt`` if it is there; returns the record of ``model.pt``.
 
         Raises:
-            Diverged: the held-out loss is not finite.
+            Diverged: the objective or the held-out loss is not finite.
             Interrupted: on SIGINT or SIGTERM, after the update under way, with everything saved.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -202,6 +202,7 @@ class Trainer:
             self.scheduler.step()
         self.update += 1
         self.seconds += time.monotonic() - start
+        self._check_finite("objective", float(value))
         self._objectives.append(float(value))
         diagnosis = self.optimizer.diagnosis if isinstance(self.optimizer, SecondOrder) else None
         return dict(diagnosis.record()) if diagnosis else {}
@@ -218,16 +219,19 @@ class Trainer:
             self._keep({})
             return {}
         scores = evaluate(self.model, self.loss, self.held_out, autocast=self.plan.autocast)
-        if not math.isfinite(scores["loss"]):
-            raise Diverged(
-                f"the held-out loss is {scores['loss']} after update {self.update}: training diverged; "
-                f"lower the learning rate or raise the damping (the log is in {self.folder})"
-            )
+        self._check_finite("held-out loss", scores["loss"])
         if scores["loss"] < self.best:
             self.best = scores["loss"]
             self._keep(scores)
         logger.info("update %d of %d: held-out %s", self.update, self.updates, _listed(scores))
         return {f"dev_{name}": value for name, value in scores.items()}
+
+    def _check_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise Diverged(
+                f"the {what} is {value} after update {self.update}: training diverged; "
+                f"lower the learning rate or raise the damping (the log is in {self.folder})"
+            )
 
     def _keep(self, scores: Mapping[str, float]) -> None:
         state = {"model": self.model.state_dict(), "update": self.update, "seconds": self.seconds, **scores}

@@ -58,6 +58,14 @@ def test_digests_tell_values_apart() -> None:
     assert digest(np.arange(3)) == digest(np.arange(3))
 
 
+def test_a_new_format_takes_no_old_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = Stages(tmp_path)
+    first, folder = done.make("align", 1, by=lambda folder: None), done.folder("train", 1)
+    monkeypatch.setattr("quadric.train.stages._FORMAT", 0)
+    assert done.make("align", 1, by=lambda folder: None) != first
+    assert done.folder("train", 1) != folder
+
+
 def test_one_job_at_a_time_in_a_folder(tmp_path: Path) -> None:
     with (
         alone_in(tmp_path / "work"),

@@ -233,10 +233,13 @@ def test_plan_names_what_is_wrong(option: str) -> None:
         Plan(**{"epochs": 1, "gradient_frames": 1, option: 0})
 
 
-def test_a_diverged_training_says_so_and_stops(tmp_path: Path) -> None:
+@pytest.mark.parametrize("judged", [True, False])
+def test_a_diverged_training_says_so_and_stops(tmp_path: Path, judged: bool) -> None:
     trainer = _trainer(tmp_path, "adam")
     for group in trainer.optimizer.param_groups:
         group["lr"] = group["initial_lr"] = 1e30
     trainer.scheduler = None
-    with pytest.raises(Diverged, match=r"held-out loss is (nan|inf).*lower the learning rate"):
+    if not judged:
+        trainer.held_out = None
+    with pytest.raises(Diverged, match=r"the (objective|held-out loss) is (nan|inf).*lower the learning rate"):
         trainer.fit()
