@@ -17,7 +17,7 @@ from jaxtyping import Float64, Int32, Integer
 
 from quadric.files import new_file
 from quadric.speech.lexicon import SILENCE, Lexicon
-from quadric.speech.tables import few
+from quadric.speech.tables import few, read_lines
 from quadric.speech.topology import STATES, Segment, Tying, phone_segments
 
 FRAME_SHIFT = 0.01
@@ -52,7 +52,7 @@ def read_ctm(path: str | os.PathLike[str]) -> dict[str, tuple[Token, ...]]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no CTM file {path}")
     tokens: dict[str, list[Token]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_lines(path), start=1):
         if not line.strip() or line.startswith(";;"):
             continue
         try:

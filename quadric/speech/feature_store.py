@@ -14,6 +14,14 @@ from quadric.speech.corpus import Corpus
 from quadric.speech.tables import few, read_table, something
 
 
+class DamagedFeatures(ValueError):
+    """Features that cannot be read; ``folder`` holds their archive."""
+
+    def __init__(self, folder: Path, message: str) -> None:
+        super().__init__(message)
+        self.folder = folder
+
+
 class FeatureStore(Mapping[str, np.ndarray]):
     """Utterance id -> features, float32 [T, D], read from its archive each time it is asked for.
 
@@ -47,12 +55,16 @@ class FeatureStore(Mapping[str, np.ndarray]):
         try:
             features = np.asarray(kaldiio.load_mat(place), np.float32)
         except Exception as error:  # a damaged archive fails in as many ways as it can be damaged
-            raise ValueError(
+            raise DamagedFeatures(
+                Path(place.rpartition(":")[0]).parent,
                 f"the features of {id} cannot be read from {place} ({type(error).__name__}: {error}): extract them "
-                "again into a new folder"
+                "again into a new folder",
             ) from error
         if features.ndim != 2:
-            raise ValueError(f"the features of {id} in {place} are not a matrix: their shape is {features.shape}")
+            raise DamagedFeatures(
+                Path(place.rpartition(":")[0]).parent,
+                f"the features of {id} in {place} are not a matrix: their shape is {features.shape}",
+            )
         return features
 
     def __contains__(self, id: object) -> bool:

@@ -173,7 +173,9 @@ def extract(
     if dropped:
         logger.warning("%s: left out for audio that cannot be used: %s", corpus.name, few(dropped))
     if not table:
-        raise ValueError(f"no audio of {corpus.name} can be used: see the reasons in the log")
+        raise ValueError(
+            f"no audio of {corpus.name} can be used, none of {len(ids)} is left: see the reasons in the log"
+        )
     return FeatureStore(table)
 
 
@@ -203,7 +205,11 @@ def _key(audios: Mapping[str, Audio], fbank: Fbank, shard: int) -> str:
 
 
 def _complete(folder: Path, name: str, members: Sequence[str], on_bad_audio: str) -> dict[str, str] | None:
-    places = read_shard(folder, name)
+    try:
+        places = read_shard(folder, name)
+    except ValueError as error:
+        logger.warning("computing features again: %s", error)
+        return None
     if places is not None and on_bad_audio == "error" and len(places) < len(members):
         return None  # written when bad audio was left out; now it must be reported
     return places

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from quadric.files import new_file
 from quadric.speech.lexicon import RESERVED_WORDS
+from quadric.speech.tables import read_lines
 
 logger = logging.getLogger(__name__)
 
@@ -201,23 +202,22 @@ def _arpa_lines(path: Path) -> Iterator[tuple[int, str, list[str]]]:
     if not path.is_file():
         raise FileNotFoundError(f"path={str(path)!r}: there is no such language model")
     order, started, ended = 0, False, False
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            text, where = line.strip(), f"{path}:{number}"
-            started = started or text == "\\data\\"
-            if text == "\\end\\":
-                ended = True
-                break
-            if not started or not text or text == "\\data\\" or (order == 0 and text.startswith("ngram ")):
-                continue
-            if text.startswith("\\") and text.endswith("-grams:"):
-                order += 1
-                if text != f"\\{order}-grams:":
-                    raise ValueError(f"{where}: expected the section \\{order}-grams:, found {text}")
-            elif order == 0:
-                raise ValueError(f"{where}: expected a line 'ngram N=COUNT' or \\1-grams:, found {text!r}")
-            else:
-                yield order, where, text.split()
+    for number, line in enumerate(read_lines(path), start=1):
+        text, where = line.strip(), f"{path}:{number}"
+        started = started or text == "\\data\\"
+        if text == "\\end\\":
+            ended = True
+            break
+        if not started or not text or text == "\\data\\" or (order == 0 and text.startswith("ngram ")):
+            continue
+        if text.startswith("\\") and text.endswith("-grams:"):
+            order += 1
+            if text != f"\\{order}-grams:":
+                raise ValueError(f"{where}: expected the section \\{order}-grams:, found {text}")
+        elif order == 0:
+            raise ValueError(f"{where}: expected a line 'ngram N=COUNT' or \\1-grams:, found {text!r}")
+        else:
+            yield order, where, text.split()
     if not ended or order == 0:
         raise ValueError(f"{path}: not a whole model in the ARPA format: no \\1-grams: or no \\end\\")
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from quadric.speech.tables import read_lines
+
 SILENCE = "SIL"
 
 RESERVED_WORDS = frozenset({"<eps>", "<s>", "</s>", "#0"})
@@ -105,15 +107,14 @@ def read_lexicon(path: Path, *, strip_stress: bool = True) -> Lexicon:
     if not path.is_file():
         raise FileNotFoundError(f"path={str(path)!r}: there is no such lexicon file")
     entries: dict[tuple[str, tuple[str, ...]], None] = {}
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            word, *tokens = line.split()
-            phones = tuple(_STRESS.sub("", token) if strip_stress else token for token in tokens)
-            if fault := _unsupported(word, phones) or _fault(word, phones):
-                raise ValueError(f"{path}:{number}: {fault}")
-            entries[word, phones] = None
+    for number, line in enumerate(read_lines(path), start=1):
+        if not line.strip():
+            continue
+        word, *tokens = line.split()
+        phones = tuple(_STRESS.sub("", token) if strip_stress else token for token in tokens)
+        if fault := _unsupported(word, phones) or _fault(word, phones):
+            raise ValueError(f"{path}:{number}: {fault}")
+        entries[word, phones] = None
     if not entries:
         raise ValueError(f"{path}: the lexicon is empty; write one line `WORD P1 P2 ...` a pronunciation")
     return Lexicon(tuple(entries))

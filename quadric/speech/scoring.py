@@ -17,6 +17,7 @@ import kaldialign
 import numpy as np
 
 from quadric.files import new_file
+from quadric.speech.tables import read_lines
 
 Pair = tuple[str | None, str | None]
 """A reference word and the hypothesis word aligned with it; ``None`` where there is none."""
@@ -333,14 +334,11 @@ def read_text(path: str | Path) -> dict[str, tuple[str, ...]]:
         raise FileNotFoundError(f"path={path}: no such file; expected lines of an utterance id and its words")
     texts: dict[str, tuple[str, ...]] = {}
     seen: dict[str, int] = {}
-    # Splitting bytes splits at ASCII white space alone, as Kaldi does; other spaces of Unicode belong to words.
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        try:
-            key, *words = (field.decode("utf-8") for field in line.split())
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}:{number}: not UTF-8 ({error.reason}); convert the file") from error
-        except ValueError:
-            raise ValueError(f"{path}:{number}: the line is empty; remove it or give its utterance id") from None
+    for number, line in enumerate(read_lines(path), start=1):
+        # Only ASCII white space parts words, as in Kaldi; other spaces of Unicode belong to them.
+        key, *words = _WORD.findall(line) or [""]
+        if not key:
+            raise ValueError(f"{path}:{number}: the line is empty; remove it or give its utterance id")
         if key in texts:
             raise ValueError(f"{path}:{number}: utterance {key} is already on line {seen[key]}; keep one of them")
         texts[key], seen[key] = tuple(words), number

@@ -1,10 +1,11 @@
-"""Kaldi's text tables: one line per entry, an id, a blank, and the value; every id once."""
+"""Text files of lines, and Kaldi's tables: one line per entry, an id, a blank, and the value; every id once."""
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,6 +30,28 @@ def fields(value: str) -> tuple[str, ...]:
     return tuple(part for part in re.split(r"[ \t]+", value.strip(_BLANK)) if part)
 
 
+def read_lines(path: Path) -> Iterator[str]:
+    """The lines of a UTF-8 file, without their ends; a byte order mark in front is read away.
+
+    Lines end at a line feed alone: what else Unicode or Python take for an end of line belongs to the line.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: naming the line that is not UTF-8.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            try:
+                yield line.decode("utf-8").removesuffix("\n")
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{path}:{number}: not UTF-8 ({error.reason}): convert the file, for example with "
+                    "`iconv -f latin1 -t utf-8`"
+                ) from None
+
+
 def read_table(path: Path, parse: Callable[[str], T]) -> dict[str, T]:
     """Reads the table ``path`` in the order of its lines: entry number i stands on line i + 1.
 
@@ -39,13 +62,9 @@ def read_table(path: Path, parse: Callable[[str], T]) -> dict[str, T]:
         ValueError: text that is not UTF-8, malformed lines or repeated ids; all of one kind at once.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = list(read_lines(path))
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no table {path}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it") from None
-    if lines[-1] == "":
-        lines.pop()
     table: dict[str, T] = {}
     malformed, repeated = [], []
     for number, line in enumerate(lines, 1):
@@ -96,9 +115,11 @@ def find_root(folder: Path, root: Path | None, files: Sequence[str], table: str)
     for candidate in candidates:
         if any((candidate / file).is_file() for file in files):
             return candidate
+    what = "audio" if table == "wav.scp" else "archive"
     raise FileNotFoundError(
-        f"{files[0]}, the first relative path of {folder / table}, is not in {' nor in '.join(map(str, candidates))}: "
-        "pass root= with the folder that the paths start from"
+        f"{files[0]}, the first relative path of {folder / table}, is not in {' nor in '.join(map(str, candidates))}, "
+        f"nor is any of the {len(files) - 1} others: the {what} is missing, or lies in another folder; bring it "
+        "there, or pass root=PATH with that folder"
     )
 
 

@@ -17,6 +17,7 @@ from quadric.speech.corpus import Corpus, read_data_dir
 from quadric.speech.digit_strings import render_strings
 from quadric.speech.feature_store import FeatureStore
 from quadric.speech.synthesis import DigitCorpus, synthesise
+from quadric.speech.tables import read_lines
 
 Split = Literal["train", "dev", "test"]
 
@@ -71,7 +72,9 @@ class KaldiDirectory(Source):
             on_empty=self.on_empty,
         )
         if self.keep is not None:
-            corpus = corpus.subset(self.keep.read_text().split())
+            if not self.keep.is_file():
+                raise FileNotFoundError(f"keep={self.keep}: there is no such file; write one utterance id a line")
+            corpus = corpus.subset(id for line in read_lines(self.keep) for id in line.split())
         return material(corpus)
 
 

@@ -164,7 +164,7 @@ def test_malformed_lines(good: Path, table: str, line: str) -> None:
 
 def test_text_that_is_not_utf8_and_empty_tables(good: Path) -> None:
     (good / "text").write_bytes("u1 CAFÉ\n".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"text is not UTF-8 .*convert"):
+    with pytest.raises(ValueError, match=r"text:1: not UTF-8 .*convert"):
         read_data_dir(good)
     (good / "text").write_bytes(b"")
     with pytest.raises(ValueError, match=r"table .*text is empty"):
