@@ -8,6 +8,7 @@ import difflib
 import inspect
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,8 +19,9 @@ try:
     from quadric.speech.corpus import read_data_dir
     from quadric.speech.scoring import read_text, score
     from quadric.train.console import bar, logged
+    from quadric.train.decode import check_output, decode_directory
     from quadric.train.overrides import absent_options, convert, options, override
-    from quadric.train.pipeline import check_output, decode_directory, report, run
+    from quadric.train.pipeline import report, run
     from quadric.train.recipe import Job
     from quadric.train.stages import plain
     from quadric.train.trainer import Interrupted
@@ -30,8 +32,17 @@ except ModuleNotFoundError as missing:
 
 
 _HERE = {
-    "train": {'on_bad_audio="drop"': "on_bad_audio=drop"},
-    "decode": {'on_bad_audio="drop"': "--drop-bad-audio", "allow_commands=True": "--allow-commands", "out=": "--out "},
+    "train": {
+        'on_bad_audio="drop"': "on_bad_audio=drop",
+        ", or pass allow_missing_text=True to read it without words": "",
+    },
+    "decode": {
+        'on_bad_audio="drop"': "--drop-bad-audio",
+        'on_mismatch="drop"': "--drop-mismatched",
+        "allow_commands=True": "--allow-commands",
+        "root=PATH": "--root PATH",
+        "out=": "--out ",
+    },
     "score": {"on_missing='count'": "--count-missing"},
     "report": {},
 }
@@ -47,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
     else:
-        chosen.overrides += rest
+        chosen.overrides = [*chosen.overrides, *rest]
     try:
         chosen.command(chosen)
         sys.stdout.flush()
@@ -82,7 +93,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("recipe", metavar="RECIPE", choices=[recipe.__name__ for recipe in RECIPES], help="see below")
     train.add_argument(
-        "overrides", nargs="*", metavar="OPTION=VALUE", help="recipe arguments and options, such as first_order.lr=3e-4"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="OPTION=VALUE",
+        help="recipe arguments and options, such as first_order.lr=3e-4",
     )
     train.add_argument("--work", type=Path, default=Path("exp"), help="folder of working folders (default: exp)")
     train.add_argument("--options", action="store_true", help="print all options with their values, and stop")
@@ -101,6 +116,10 @@ def _parser() -> argparse.ArgumentParser:
     decode.add_argument("--lm-weight", type=float, help="language-model weight (default: the system's)")
     decode.add_argument("--word-penalty", type=float, help="cost of a word, in nats (default: the system's)")
     decode.add_argument("--allow-commands", action="store_true", help="run the shell commands of wav.scp")
+    decode.add_argument("--root", type=Path, help="folder that relative paths in the data start from (default: found)")
+    decode.add_argument(
+        "--drop-mismatched", action="store_true", help="leave out utterances that are not in every table"
+    )
     decode.add_argument("--drop-bad-audio", action="store_true", help="leave out what is missing or damaged")
     decode.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
     decode.set_defaults(command=_decode, name="decode")
@@ -201,13 +220,20 @@ def _sentence(error: Exception, here: Mapping[str, str]) -> str:
     if isinstance(error, OSError) and error.errno is not None:
         message = f"{error.strerror}" + (f": {error.filename}" if error.filename else "")
     for argument, option in here.items():
-        message = message.replace(argument, option)
+        start = r"\b" if argument[0].isalpha() else ""  # "out=" is no part of "dropout="
+        message = re.sub(start + re.escape(argument), option, message)
     return message
 
 
 def _decode(chosen: argparse.Namespace) -> None:
     check_output(chosen.out)
-    corpus = read_data_dir(chosen.data, allow_commands=chosen.allow_commands, allow_missing_text=True)
+    corpus = read_data_dir(
+        chosen.data,
+        root=chosen.root,
+        allow_commands=chosen.allow_commands,
+        allow_missing_text=True,
+        on_mismatch="drop" if chosen.drop_mismatched else "error",
+    )
     with logged(chosen.out / "log"):
         lines = decode_directory(
             chosen.system,

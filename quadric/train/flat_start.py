@@ -22,7 +22,7 @@ from quadric.loss.full_sum import FullSum, FullSumTarget
 from quadric.loss.loss import CrossEntropy, Loss
 from quadric.model.acoustic import TDNN, log_priors
 from quadric.progress import Progress
-from quadric.speech.alignment import ForcedAlignment, align, fit_lengths, load_alignments, save_alignments
+from quadric.speech.alignment import Alignments, ForcedAlignment, align, fit_lengths, load_alignments, save_alignments
 from quadric.speech.corpus import Corpus
 from quadric.speech.ctm import read_ctm, targets_from_phones, targets_from_words, word_segments
 from quadric.speech.gaussian import bootstrap
@@ -105,7 +105,7 @@ def viterbi(
         features = prepared.features[split]
         transcripts = {utterance.id: utterance.words for utterance in corpus if utterance.id in features}
         scores = Likelihoods(model, features, log_prior, autocast=job.autocast)
-        found[split] = align(
+        aligned = align(
             transcripts,
             ((id, scores[id]) for id in transcripts),
             prepared.lexicon,
@@ -113,8 +113,17 @@ def viterbi(
             options=ForcedAlignment(on_too_short="drop"),
             jobs=job.jobs,
             progress=progress,
-        ).pdfs
+        )
+        _refuse_all_left_out(split, aligned)
+        found[split] = aligned.pdfs
     return found
+
+
+def _refuse_all_left_out(split: Split, aligned: Alignments) -> None:
+    if not aligned.pdfs:
+        reasons = {id: f"{frames} frames, at least {least}" for id, frames, least in aligned.too_short} | aligned.failed
+        listed = few([f"{id}: {reason}" for id, reason in reasons.items()])
+        raise ValueError(f"{split}: no utterance could be aligned with its words: {listed}: do they belong together?")
 
 
 def _first_alignments(
@@ -137,6 +146,7 @@ def _first_alignments(
             jobs=job.jobs,
             progress=progress,
         )
+        _refuse_all_left_out("train", found)
         save_alignments(folder / "train.ark", found.pdfs)
 
     key = digest({id: features[id] for id in transcripts})

@@ -6,12 +6,12 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,21 +23,19 @@ from quadric.loss.loss import CrossEntropy
 from quadric.model.acoustic import TDNN, log_priors
 from quadric.progress import Progress, silent
 from quadric.speech import scoring
-from quadric.speech.alignment import ForcedAlignment, align
 from quadric.speech.corpus import Corpus
-from quadric.speech.ctm import word_segments, word_tokens, write_ctm
 from quadric.speech.decoding import Decoder, search
 from quadric.speech.graph import decoding_graph, write_graph
 from quadric.speech.scoring import Errors, Score
 from quadric.speech.topology import Tying
 from quadric.speech.tree import ContextStatistics, grow, retie, untie
 from quadric.train import checkpoint
+from quadric.train.decode import write_decoded
 from quadric.train.flat_start import Aligned, Targets, flat_start, viterbi
 from quadric.train.metrics import MetricsLog
-from quadric.train.prepare import Prepared, make_features, prepare
+from quadric.train.prepare import Prepared, prepare
 from quadric.train.recipe import Job, Method
 from quadric.train.report import Environment, Report, Run, Sweep, write_report
-from quadric.train.sources import material
 from quadric.train.stages import Stages, alone_in, digest, plain, reading
 from quadric.train.system import System
 from quadric.train.trainer import Plan, Trainer
@@ -131,7 +129,9 @@ def _units(job: Job, prepared: Prepared, aligned: Aligned, stages: Stages, progr
         logger.info("composing the decoding graph: %d words, %d outputs", len(prepared.lexicon.words), tying.num_pdfs)
         write_graph(decoding_graph(prepared.lexicon, prepared.arpa, tying), folder / "graph.fst")
 
-    graph = stages.make("graph", prepared.lexicon, prepared.arpa.read_text(), tying.table, tying.phones, by=make_graph)
+    graph = stages.make(
+        "graph", prepared.lexicon, prepared.arpa.read_text(encoding="utf-8"), tying.table, tying.phones, by=make_graph
+    )
     return Units(tying, train, dev, graph / "graph.fst")
 
 
@@ -221,7 +221,9 @@ def _tested(job: Job, prepared: Prepared, units: Units, folder: Path, progress: 
             graph=units.graph,
             decoding=job.decoding,
         )
-        with system.decoder(jobs=job.jobs) as decoder:
+        with reading(units.graph.parent):
+            decoding = system.decoder(jobs=job.jobs)
+        with decoding as decoder:
             system = _tuned(job, prepared, system, decoder, out, progress)
             for split in ("dev", "test"):
                 corpus = prepared.corpora[split]
@@ -229,7 +231,7 @@ def _tested(job: Job, prepared: Prepared, units: Units, folder: Path, progress: 
                 found = system.recognise(decoder, {u.id: scores[u.id] for u in corpus}, progress=progress)
                 words = {id: hypothesis.words for id, hypothesis in found.items()}
                 scoring.write_text(out / split / "text", words)
-                _write_decoded(out / split, corpus, words)
+                write_decoded(out / split, corpus, words)
         system.save(out / "system")
 
     key = (job.decoding, units.graph.parent.name, prepared.key, prepared.test_key)
@@ -258,106 +260,6 @@ def _tuned(job: Job, prepared: Prepared, system: System, decoder: Decoder, out: 
     chosen = {"lm_weight": best.lm_weight, "word_penalty": best.word_penalty}
     (out / "sweep.json").write_text(json.dumps({"chosen": chosen, "tried": rows}, indent=1))
     return system.tuned(best.lm_weight, best.word_penalty)
-
-
-def decode_directory(
-    folder: Path,
-    corpus: Corpus,
-    out: Path,
-    *,
-    lm_weight: float | None = None,
-    word_penalty: float | None = None,
-    on_bad_audio: Literal["error", "drop"] = "error",
-    jobs: int = 2,
-    progress: Progress = silent,
-) -> tuple[str, ...]:
-    """Recognises ``corpus`` with the system in ``folder``; writes words, times and, with transcripts, errors.
-
-    Returns:
-        Kaldi's lines of word and sentence errors, or one line that says where the words are.
-
-    Raises:
-        ValueError: what is in ``out`` would be overwritten, or another process writes there.
-    """
-    check_output(out)
-    with alone_in(out, "out"):
-        return _decode_directory(folder, corpus, out, lm_weight, word_penalty, on_bad_audio, jobs, progress)
-
-
-def check_output(out: Path) -> None:
-    """Raises ``ValueError`` if ``out`` is a folder whose files decoding would overwrite."""
-    for files, what in _NOT_TO_OVERWRITE.items():
-        found = [file for file in files if Path(os.path.normpath(out.resolve() / file)).is_file()]
-        if found:
-            raise ValueError(
-                f"out={out}: {what} is there ({found[0]}), which decoding would overwrite; name a folder of its own"
-            )
-
-
-_NOT_TO_OVERWRITE = {
-    ("wav.scp", "feats.scp"): "a data directory",
-    ("options.json",): "a trained system",
-    ("key.json", "job.json", "../sweep.json"): "a part of a job",
-}
-
-
-def _decode_directory(
-    folder: Path,
-    corpus: Corpus,
-    out: Path,
-    lm_weight: float | None,
-    word_penalty: float | None,
-    on_bad_audio: Literal["error", "drop"],
-    jobs: int,
-    progress: Progress,
-) -> tuple[str, ...]:
-    system = System.load(folder)
-    system = system.tuned(
-        system.lm_weight if lm_weight is None else lm_weight,
-        system.word_penalty if word_penalty is None else word_penalty,
-    )
-    features = make_features(material(corpus), system.front, out / "cache", jobs, progress, on_bad_audio=on_bad_audio)
-    scores = system.likelihoods(features)
-    with system.decoder(jobs=jobs) as decoder:
-        found = system.recognise(decoder, scores, progress=progress)
-    words = {id: hypothesis.words for id, hypothesis in found.items()}
-    times = align(
-        {id: said for id, said in words.items() if said},
-        ((id, scores[id]) for id, said in words.items() if said),
-        system.lexicon,
-        system.tying,
-        options=ForcedAlignment(on_too_short="drop"),
-        jobs=jobs,
-        progress=progress,
-    )
-    shift = system.front.fbank.frame_shift_ms / 1000
-    tokens = {
-        id: word_tokens(word_segments(words[id], pdfs, system.lexicon, system.tying), shift)
-        for id, pdfs in times.pdfs.items()
-    }
-    write_ctm(out / "hyp.ctm", tokens)
-    scoring.write_text(out / "text", words)
-    said = Corpus(corpus.name, tuple(u for u in corpus if u.words))
-    if not said:
-        return (f"recognised {len(words)} utterances: {out / 'text'}",)
-    if len(said) < len(corpus):
-        logger.warning("%d of %d utterances have no transcript: not scored", len(corpus) - len(said), len(corpus))
-    return _write_decoded(out, said, {id: words[id] for id in said.by_id if id in words}).lines
-
-
-def _write_decoded(out: Path, corpus: Corpus, words: Mapping[str, Sequence[str]]) -> Score:
-    """Aligned errors per utterance and speaker, and sclite's files; what was not recognised counts as deleted."""
-    speakers = {u.id: u.speaker for u in corpus}
-    score = scoring.score({u.id: u.words for u in corpus}, words, speakers=speakers, on_missing="count")
-    out.mkdir(parents=True, exist_ok=True)
-    scoring.write_text(out / "ref", {u.id: u.words for u in corpus})
-    scoring.write_text(out / "utt2spk", {id: (speaker,) for id, speaker in speakers.items()})
-    scoring.write_trn(out / "hyp.trn", words, speakers)
-    scoring.write_trn(out / "ref.trn", {u.id: u.words for u in corpus}, speakers)
-    scoring.write_per_utt(out / "per_utt", score)
-    scoring.write_per_spk(out / "per_spk", score)
-    (out / "wer").write_text("\n".join(score.lines) + "\n")
-    return score
 
 
 def report(work: Path) -> Path:

@@ -14,15 +14,19 @@ from typing import Literal
 import numpy as np
 
 from quadric.progress import Progress
+from quadric.speech.alignment import min_frames
 from quadric.speech.corpus import Corpus, perturb_speed
+from quadric.speech.feature_store import DamagedFeatures
 from quadric.speech.features import extract
 from quadric.speech.language_model import NGram
-from quadric.speech.lexicon import Lexicon, read_lexicon
+from quadric.speech.lexicon import RESERVED_WORDS, Lexicon, read_lexicon
 from quadric.speech.normalisation import add_deltas, normalise
 from quadric.speech.synthesis import DIGIT_LEXICON
+from quadric.speech.tables import few
+from quadric.speech.topology import STATES
 from quadric.train.recipe import Job
 from quadric.train.sources import SPLITS, Material, Source, Split
-from quadric.train.stages import Stages, digest
+from quadric.train.stages import Stages, digest, reading
 from quadric.train.system import Front
 
 logger = logging.getLogger(__name__)
@@ -78,6 +82,14 @@ def prepare(job: Job, stages: Stages, progress: Progress) -> Prepared:
     lexicon = Lexicon(DIGIT_LEXICON)
     if job.lexicon is not None:
         lexicon = read_lexicon(job.lexicon, strip_stress=job.strip_stress)
+    for split, material in materials.items():
+        _refuse_impossible_words(split, material.corpus)
+    least = STATES * (1 + len(lexicon.phones))
+    if job.tree is not None and job.tree.leaves < least:
+        raise ValueError(
+            f"tree.leaves={job.tree.leaves}: {len(lexicon.phones)} phones and silence with {STATES} states each need "
+            f"at least {least}, and more to be tied by their context"
+        )
     materials = {split: _known(material, lexicon, job, split) for split, material in materials.items()}
     if any(material.features is not None for material in materials.values()) and job.speeds != (1.0,):
         raise ValueError(f"speeds={job.speeds}: ready-made features have one speed; set speeds=[1.0]")
@@ -95,6 +107,8 @@ def prepare(job: Job, stages: Stages, progress: Progress) -> Prepared:
         for split, material in materials.items()
     }
     corpora = {split: _with_features(material.corpus, features[split]) for split, material in materials.items()}
+    for split in ("train", "dev"):
+        _refuse_all_too_short(split, corpora[split], features[split], lexicon)
     arpa, perplexity = _language_model(job, stages, corpora, lexicon)
     for split, corpus in corpora.items():
         frames = sum(len(features[split][utterance.id]) for utterance in corpus)
@@ -110,10 +124,16 @@ def _load(source: Source, split: Split, cache: Path, jobs: int, progress: Progre
     """The set; what a message says about an argument of its reader is said about the source's option as well."""
     try:
         return source.load(cache, jobs=jobs, progress=progress)
-    except ValueError as error:
-        named = dict(re.findall(r"""(\w+)=["']?(\w+)""", str(error)))
-        given = [f"{split}.{name}={value.lower()}" for name, value in named.items() if hasattr(source, name)]
-        raise ValueError(f"{split}: {error}{f' (that is {given[-1]})' if given else ''}") from error
+    except (ValueError, FileNotFoundError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # it names the file itself
+        named = dict(re.findall(r"""pass (\w+)=["']?(\w+)""", str(error)))
+        given = [
+            f"{split}.{name}={value.lower() if value in ('True', 'False') else value}"
+            for name, value in named.items()
+            if hasattr(source, name)
+        ]
+        raise type(error)(f"{split}: {error}{f' (that is {given[-1]})' if given else ''}") from error
 
 
 def make_features(
@@ -127,15 +147,36 @@ def make_features(
 ) -> Mapping[str, np.ndarray]:
     """Normalised features of every utterance, in memory; from audio, or from the features that came with it."""
     corpus, features = material
-    if features is None:
-        features = extract(
-            corpus, front.fbank, cache / "features", jobs=jobs, on_bad_audio=on_bad_audio, progress=progress
-        )
-        corpus = corpus.subset(features)
+    if features is not None:
+        return _normalised(corpus, features, front, progress)
+    features = extract(corpus, front.fbank, cache / "features", jobs=jobs, on_bad_audio=on_bad_audio, progress=progress)
+    try:
+        return _normalised(corpus.subset(features), features, front, progress)
+    except DamagedFeatures as error:
+        with reading(error.folder, "command"):
+            raise
+
+
+def _normalised(
+    corpus: Corpus, features: Mapping[str, np.ndarray], front: Front, progress: Progress
+) -> dict[str, np.ndarray]:
     if front.deltas:
         features = add_deltas(features, front.deltas)
     normalised = normalise(features, corpus, front.normalisation)
     return {id: normalised[id] for id in progress(list(normalised), total=len(normalised), what="reading features")}
+
+
+def _refuse_impossible_words(split: Split, corpus: Corpus) -> None:
+    """Raises ``ValueError`` for words that are something else in graphs, or in the files of results."""
+    impossible = {word for word in corpus.word_counts() if word in RESERVED_WORDS or _PARTED.search(word)}
+    if impossible:
+        held = [f"{u.id}: {word!r}" for u in corpus for word in u.words if word in impossible]
+        raise ValueError(
+            f"{split}: words that are reserved, or hold white space: {few(held)}: remove or rename them in the text"
+        )
+
+
+_PARTED = re.compile(r"[\s]", re.ASCII)
 
 
 def _known(material: Material, lexicon: Lexicon, job: Job, split: Split) -> Material:
@@ -153,11 +194,25 @@ def _known(material: Material, lexicon: Lexicon, job: Job, split: Split) -> Mate
         except ValueError as error:
             raise ValueError(f"{split}: {error} (unknown_words=drop)") from None
     kept = corpus.subset(u.id for u in corpus if not any(word in unknown for word in u.words))
+    if not kept:
+        raise ValueError(
+            f"{split}: unknown_words=drop leaves out all {len(corpus)} utterances: the lexicon lacks "
+            f"{few(list(unknown))}: is it the lexicon of this corpus?"
+        )
     logger.warning(
         "%s: left out %d of %d utterances for %d words that are not in the lexicon: %s",
         split, len(corpus) - len(kept), len(corpus), len(unknown), unknown,
     )  # fmt: skip
     return material._replace(corpus=kept)
+
+
+def _refuse_all_too_short(split: Split, corpus: Corpus, features: Mapping[str, np.ndarray], lexicon: Lexicon) -> None:
+    least = {utterance.id: min_frames(utterance.words, lexicon) for utterance in corpus}
+    if all(len(features[id]) < frames for id, frames in least.items()):
+        short = few([f"{id}: {len(features[id])} frames, at least {frames}" for id, frames in least.items()])
+        raise ValueError(
+            f"{split}: no utterance is long enough for its words: {short}: is this the audio of these transcripts?"
+        )
 
 
 def _with_features(corpus: Corpus, features: Mapping[str, np.ndarray]) -> Corpus:
@@ -173,11 +228,13 @@ def _language_model(
         model = NGram.read_arpa(job.arpa)
         arpa = job.arpa
     else:
-        model = NGram.estimate(sentences["train"], lexicon.words, job.lm_order)
+        estimated = NGram.estimate(sentences["train"], lexicon.words, job.lm_order)
         folder = stages.make(
-            "lm", job.lm_order, sentences["train"], lexicon, by=lambda folder: model.write_arpa(folder / "lm.arpa")
+            "lm", job.lm_order, sentences["train"], lexicon, by=lambda folder: estimated.write_arpa(folder / "lm.arpa")
         )
         arpa = folder / "lm.arpa"
+        with reading(folder):
+            model = NGram.read_arpa(arpa)
     known = set(model.vocabulary) & set(lexicon.words)
     perplexity = {}
     for split, said in sentences.items():

@@ -22,6 +22,7 @@ from quadric.model.acoustic import TDNN, log_likelihoods
 from quadric.progress import Progress
 from quadric.speech.decoding import DecodeOptions, Decoder, Hypothesis
 from quadric.speech.features import Fbank
+from quadric.speech.graph import read_graph
 from quadric.speech.lexicon import Lexicon, read_lexicon
 from quadric.speech.normalisation import Normalisation
 from quadric.speech.topology import Tying
@@ -168,6 +169,7 @@ class System:
                 name: TypeAdapter(_OPTIONS[name]).validate_python(value) for name, value in written.items()
             }
             tying = Tying.load(folder / "tying.npz")
+            read_graph(folder / "graph.fst")
             model = options["network"].build(options["inputs"], tying.num_pdfs)
             state = checkpoint.load(folder / "model.pt")
             model.load_state_dict(state["model"])

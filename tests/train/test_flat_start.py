@@ -26,7 +26,7 @@ from quadric.speech.topology import STATES, monophone
 from quadric.train import checkpoint, flat_start
 from quadric.train.overrides import override
 from quadric.train.prepare import Prepared
-from quadric.train.recipe import Job
+from quadric.train.recipe import Job, Network
 from quadric.train.stages import Stages
 from quadric.train.system import Front
 from reference.tiny_job import TINY
@@ -178,3 +178,18 @@ def test_pdfs_that_do_not_say_the_words_are_refused(prepared: Prepared, tmp_path
     assert "state s of phone p is 3 p + s" in message
     if fault == "one of them":
         assert "are 1 (train7); of the first, the alignment says SIL, which is no pronunciation of " in message
+
+
+def test_a_set_of_which_nothing_can_be_aligned_is_named(prepared: Prepared) -> None:
+    job, model = override(digits(48), TINY), Network("dnn", (8,), context=0).build(TYING.num_pdfs, TYING.num_pdfs)
+    short = {id: features[:2] for id, features in prepared.features["dev"].items()}
+    changed = replace(prepared, features={**prepared.features, "dev": short})
+    log_prior = np.zeros(TYING.num_pdfs, np.float32)
+    problem = r"^dev: no utterance could be aligned with its words: 3 \(dev0: 2 frames, at least \d+, .*do they belong"
+    with pytest.raises(ValueError, match=problem):
+        flat_start.viterbi(job, changed, TYING, model, log_prior, silent)
+    torch.nn.init.constant_(model.output.bias, float("nan"))
+    with pytest.raises(
+        ValueError, match=r"^train: no utterance could .*: 30 \(train0: the log likelihoods are not finite"
+    ):
+        flat_start.viterbi(job, prepared, TYING, model, log_prior, silent)
