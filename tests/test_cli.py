@@ -179,7 +179,7 @@ def test_help(call: Call, command: list[str]) -> None:
             ["first_order=torch.optim.SGD"],
             "first_order=torch.optim.SGD: must be none or a group of options; set one of them, for exam",
         ),
-        (["speeds=1.0"], "speeds=1.0: must be a list of numbers, for example speeds=[0.5,0.5]"),
+        (["speeds=1.0"], "speeds=1.0: must be a list of numbers, for example speeds=[0.5,1.0]"),
         (["network.sizes=[48,48]"], "network.sizes=[48,48]: offsets has 3 rows for 2 hidden layers; give one row per"),
         (["chunk=20000"], "chunk=20000: must be between 1 and 10000"),
         (["first_order=fast"], "first_order=fast: "),

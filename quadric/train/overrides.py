@@ -159,13 +159,13 @@ def _subclass(base: type, text: str, path: str) -> type:
 
 
 _KINDS = {
-    bool: ("true or false", "truth values", "true"),
-    int: ("a whole number", "whole numbers", "4"),
-    float: ("a number", "numbers", "0.5"),
-    str: ("a word", "words", "a"),
-    Path: ("a path", "paths", "a/b"),
+    bool: ("true or false", "truth values", "true", "false"),
+    int: ("a whole number", "whole numbers", "4", "5"),
+    float: ("a number", "numbers", "0.5", "1.0"),
+    str: ("a word", "words", "a", "b"),
+    Path: ("a path", "paths", "a/b", "c"),
 }
-"""Of the types that options have, what one is called, what several are, and an example."""
+"""Of the types that options have, what one is called, what several are, and two examples."""
 
 
 def _wanted(kind: Any, path: str) -> str:
@@ -194,8 +194,8 @@ def _several(kind: Any, what: str) -> str:
 def _example(kind: Any) -> str:
     parts = typing.get_args(kind)
     count = 2 if parts[-1] is Ellipsis else len(parts)
-    one = _example(parts[0]) if typing.get_origin(parts[0]) is tuple else _KINDS[parts[0]][2]
-    return f"[{','.join([one] * count)}]"
+    some = [_example(parts[0])] if typing.get_origin(parts[0]) is tuple else _KINDS[parts[0]][2:]
+    return f"[{','.join(some[k % len(some)] for k in range(count))}]"
 
 
 def _hints(kind: type) -> dict[str, Any]:
