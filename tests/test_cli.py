@@ -186,7 +186,7 @@ def test_help(call: Call, command: list[str]) -> None:
         (["first_order.epochs=0"], "first_order.epochs=0: must be positive"),
         (["jobs=0"], "jobs=0: must be positive"),
         (["seed=-1"], "seed=-1"),
-        (["first_order=none", "hessian_free=none"], "leave at least one training in"),
+        (["first_order=none", "hessian_free=none"], "leave one in at least"),
         (["fbank.high=9000"], "must lie between 0 and 8000 Hz"),
     ],
 )

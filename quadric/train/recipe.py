@@ -20,7 +20,8 @@ from torch.optim.lr_scheduler import ConstantLR, LambdaLR, LRScheduler
 from quadric.data.augment import SpecAugment
 from quadric.data.stream import MICRO_FRAMES
 from quadric.model.acoustic import DNN, SHIFTS, TDNN, Activation, Norm, check_layers
-from quadric.optim.second_order import hessian_free
+from quadric.optim.precondition import LBFGS, FisherDiagonal, Preconditioner, SharedCounts
+from quadric.optim.second_order import hessian_free, natural_gradient, nghf
 from quadric.speech.features import Fbank
 from quadric.speech.gaussian import GaussianBootstrap
 from quadric.speech.normalisation import Normalisation
@@ -179,6 +180,16 @@ class FirstOrder(Method):
         return LambdaLR(optimizer, factor)
 
 
+Preconditioning = Literal["none", "lbfgs", "diagonal", "shared_counts"]
+
+_PRECONDITIONERS: dict[Preconditioning, Preconditioner | None] = {
+    "none": None,
+    "lbfgs": LBFGS(),
+    "diagonal": FisherDiagonal(),
+    "shared_counts": SharedCounts(),
+}
+
+
 @dataclass(frozen=True)
 class HessianFree(Method):
     """Training by Hessian-free steps on large batches (Martens, 2010).
@@ -190,6 +201,8 @@ class HessianFree(Method):
         max_steps: conjugate-gradient iterations a step at most.
         tolerance: of the relative progress that ends them.
         momentum: the share of the previous solution they start from.
+        preconditioner: of the conjugate gradients: by the pairs of the previous step's (``"lbfgs"``), by the Fisher
+            matrix's diagonal, or by the number of times a frame uses each parameter (``"shared_counts"``).
     """
 
     epochs: float = 8.0
@@ -199,6 +212,7 @@ class HessianFree(Method):
     max_steps: int = 50
     tolerance: float = 5e-4
     momentum: float = 0.95
+    preconditioner: Preconditioning = "none"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -216,7 +230,50 @@ class HessianFree(Method):
             max_steps=self.max_steps,
             tolerance=self.tolerance,
             momentum=self.momentum,
+            preconditioner=_PRECONDITIONERS[self.preconditioner],
         )
+
+
+@dataclass(frozen=True)
+class NaturalGradient(Method):
+    """Training by natural-gradient steps on large batches, with the empirical Fisher matrix (Haider, Woodland 2017).
+
+    Attributes:
+        epochs, gradient_frames: as in `Method`.
+        curvature_frames: frames of the products and of the choice among the iterates, drawn anew for every step.
+        iterations: of conjugate gradients.
+        preconditioner: as in `HessianFree`.
+    """
+
+    epochs: float = 8.0
+    gradient_frames: int = 200_000
+    curvature_frames: int = 20_000  # type: ignore[misc]
+    iterations: int = 8
+    preconditioner: Preconditioning = "none"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self, curvature_frames=_POSITIVE, iterations=_POSITIVE)
+
+    @property
+    def name(self) -> str:
+        return "natural_gradient"
+
+    def build(self, params: Iterable[nn.Parameter]) -> Optimizer:
+        preconditioner = _PRECONDITIONERS[self.preconditioner]
+        return natural_gradient(params, iterations=self.iterations, preconditioner=preconditioner)
+
+
+@dataclass(frozen=True)
+class NGHF(NaturalGradient):
+    """Training by natural gradient and Hessian-free combined (Haider et al., 2021): two runs of ``iterations`` each."""
+
+    @property
+    def name(self) -> str:
+        return "nghf"
+
+    def build(self, params: Iterable[nn.Parameter]) -> Optimizer:
+        return nghf(params, iterations=self.iterations, preconditioner=_PRECONDITIONERS[self.preconditioner])
 
 
 @dataclass(frozen=True)
@@ -304,7 +361,8 @@ class Job:
         network: the acoustic model.
         augment: masks on the features while training.
         chunk: frames of the windows that minibatches are made of.
-        first_order, hessian_free: the trainings to compare, each from the same start; None: leave it out.
+        first_order, hessian_free, natural_gradient, nghf: the trainings to compare, each from the same start; None:
+            leave it out.
         decoding: of dev and test.
         autocast: compute matrix products in bfloat16.
         seed: of everything random.
@@ -334,6 +392,8 @@ class Job:
     chunk: int = 50
     first_order: FirstOrder | None = field(default_factory=FirstOrder)
     hessian_free: HessianFree | None = field(default_factory=HessianFree)
+    natural_gradient: NaturalGradient | None = None
+    nghf: NGHF | None = None
     decoding: Decoding = field(default_factory=Decoding)
     autocast: bool = False
     seed: int = 0
@@ -349,12 +409,12 @@ class Job:
         if not self.name or Path(self.name).name != self.name:
             raise ValueError(f"name={self.name!r}: must be the plain name of a folder")
         if not self.methods:
-            raise ValueError("first_order and hessian_free are both none: leave at least one training in")
+            raise ValueError("first_order, hessian_free, natural_gradient, nghf are all none: leave one in at least")
 
     @property
     def methods(self) -> dict[str, Method]:
         """The trainings that are not left out, by name."""
-        chosen: tuple[Method | None, ...] = (self.first_order, self.hessian_free)
+        chosen: tuple[Method | None, ...] = (self.first_order, self.hessian_free, self.natural_gradient, self.nghf)
         return {method.name: method for method in chosen if method is not None}
 
 

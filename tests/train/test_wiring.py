@@ -20,8 +20,10 @@ from quadric.data.stream import FrameStream
 from quadric.linalg.krylov import ConjugateGradient
 from quadric.linalg.truncation import RelativeProgress
 from quadric.loss.loss import CrossEntropy
+from quadric.objective.curvature import Curvature
 from quadric.optim.damping import LevenbergMarquardt
 from quadric.optim.descent import NewtonCG
+from quadric.optim.precondition import LBFGS, FisherDiagonal
 from quadric.optim.second_order import SecondOrder
 from quadric.progress import silent
 from quadric.recipes import digits
@@ -35,7 +37,7 @@ from quadric.train import checkpoint, pipeline
 from quadric.train.flat_start import Aligned
 from quadric.train.pipeline import Units
 from quadric.train.prepare import Prepared
-from quadric.train.recipe import Decoding, FirstOrder, HessianFree, Job, Method, Network
+from quadric.train.recipe import NGHF, Decoding, FirstOrder, HessianFree, Job, Method, NaturalGradient, Network
 from quadric.train.stages import Stages
 from quadric.train.system import Front
 from quadric.train.trainer import Plan, Trainer
@@ -55,7 +57,14 @@ FIRST_ORDER = FirstOrder(
     floor=0.1,
 )
 HESSIAN_FREE = HessianFree(
-    epochs=1.5, gradient_frames=90, curvature_frames=30, damping=0.3, max_steps=7, tolerance=0.01, momentum=0.4
+    epochs=1.5,
+    gradient_frames=90,
+    curvature_frames=30,
+    damping=0.3,
+    max_steps=7,
+    tolerance=0.01,
+    momentum=0.4,
+    preconditioner="lbfgs",
 )
 
 
@@ -216,7 +225,8 @@ def test_a_hessian_free_optimiser_has_its_options() -> None:
     parameter = nn.Parameter(torch.zeros(3))
     optimizer = HESSIAN_FREE.build([parameter])
     assert isinstance(optimizer, SecondOrder)
-    assert optimizer.descent == NewtonCG(ConjugateGradient(7, RelativeProgress(0.01)), 0.4)
+    assert optimizer.descent == NewtonCG(ConjugateGradient(7, RelativeProgress(0.01), pairs=LBFGS().pairs), 0.4)
+    assert optimizer.preconditioner == LBFGS()
     assert optimizer.rule == LevenbergMarquardt(0.3)
     (group,) = optimizer.param_groups
     assert group["params"] == [parameter] and group["damping"] == 0.3
@@ -227,6 +237,20 @@ def test_a_hessian_free_optimiser_has_its_options() -> None:
         schedule.step()
         rates.add(other.param_groups[0]["lr"])
     assert rates == {0.7}
+
+
+@pytest.mark.parametrize("kind", [NaturalGradient, NGHF])
+def test_natural_methods_have_their_options(kind: type[NaturalGradient]) -> None:
+    method = kind(epochs=1.5, gradient_frames=90, curvature_frames=30, iterations=5, preconditioner="diagonal")
+    assert all(getattr(method, name) != value for name, value in defaults(kind).items())
+    chosen = replace(digits(), first_order=None, hessian_free=None, **{method.name: method})
+    assert chosen.methods == {method.name: method}
+    optimizer = method.build([nn.Parameter(torch.zeros(3))])
+    assert isinstance(optimizer, SecondOrder) and optimizer.preconditioner == FisherDiagonal()
+    assert optimizer.descent.metric is (Curvature.EMPIRICAL_FISHER if kind is NGHF else None)
+    assert optimizer.descent.kind is (Curvature.GAUSS_NEWTON if kind is NGHF else Curvature.EMPIRICAL_FISHER)
+    solvers = [getattr(optimizer.descent, name, None) for name in ("solver", "natural")]
+    assert {solver.max_steps for solver in solvers if solver is not None} == {5}
 
 
 # ------------------------------------------------------------------------------------------------ realignment
@@ -338,7 +362,7 @@ def test_the_errors_reported_are_those_of_what_was_recognised(tmp_path: Path) ->
     words |= {"test01": ("A",), "test02": ("A", "A"), "test03": ("A", "B", "B"), "test05": ()}
     for split in ("dev", "test"):
         pipeline.scoring.write_text(tmp_path / split / "text", words)
-        pipeline._write_decoded(tmp_path / split, spoken, words)
+        pipeline.write_decoded(tmp_path / split, spoken, words)
     score = pipeline._scores(tmp_path)["test"]
     total = score.total
     assert (total.words, total.insertions, total.deletions, total.substitutions) == (12, 1, 3, 1)
