@@ -54,6 +54,8 @@ class Linearisation:
     def of(
         cls, parameters: tuple[Tensor, ...], output: Tensor, output_curvature: Callable[[Tensor], Tensor]
     ) -> Linearisation:
+        if not output.requires_grad:  # no parameter reaches it
+            return cls(parameters, output, output, tuple(map(torch.zeros_like, parameters)), output_curvature)
         cotangent = torch.zeros_like(output, requires_grad=True)
         pullback = torch.autograd.grad(output, parameters, cotangent, create_graph=True, materialize_grads=True)
         return cls(parameters, output, cotangent, pullback, output_curvature)
@@ -61,6 +63,8 @@ class Linearisation:
     def product(self, directions: Sequence[Tensor]) -> Sequence[Tensor]:
         """J' H J v for v given as one tensor per parameter."""
         reached = [(g, v) for g, v in zip(self.pullback, directions, strict=True) if g.requires_grad]
+        if not reached:
+            return self.pullback
         (tangent,) = torch.autograd.grad(
             [g for g, _ in reached], self.cotangent, [v for _, v in reached], retain_graph=True
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 from collections.abc import Iterable, Iterator
@@ -23,12 +24,23 @@ def bar(items: Iterable[T], *, total: int | None, what: str) -> Iterable[T]:
         items,
         total=total,
         desc=what,
-        file=sys.stderr,
+        file=sys.stderr if terminal else _Lines(),
         mininterval=0.2 if terminal else 10.0,
         dynamic_ncols=terminal,
         ascii=not terminal,
         leave=True,
     )
+
+
+class _Lines(io.TextIOBase):
+    """Standard error where a bar is not drawn over itself: each of its states is a line."""
+
+    def write(self, text: str) -> int:
+        line = text.strip("\r\n ")
+        return sys.stderr.write(f"{line}\n") if line else 0
+
+    def flush(self) -> None:
+        sys.stderr.flush()
 
 
 class _BesideBars(logging.Handler):

@@ -382,3 +382,19 @@ def test_what_was_retained_is_freed(name: str) -> None:
         gc.collect()
         alive.append(sum(isinstance(thing, (Tensor, Layer)) for thing in gc.get_objects()))
     assert alive[0] == alive[1] == alive[2]
+
+
+def test_outputs_that_no_parameter_reaches_curve_nothing() -> None:
+    class Switched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x) if len(x) > 1 else x.new_ones(*x.shape[:-1], 4)
+
+    model, loss = Switched().double(), CrossEntropy()
+    one, other = (draw(2, 3), torch.tensor([0, 1])), (draw(1, 3), torch.tensor([2]))
+    theta = ParameterSpace(model).point()
+    both = dense.matrix_of(Objective(model, loss, [one, other]).curvature(theta))
+    torch.testing.assert_close(both, dense.gauss_newton(model, loss, [one], theta) * 2 / 3)

@@ -47,4 +47,7 @@ def test_a_log_on_a_full_disk_says_so_once(capsys: pytest.CaptureFixture[str]) -
 
 def test_a_bar_passes_everything_on(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(bar(iter("abc"), total=3, what="letters")) == ["a", "b", "c"]
-    assert "letters: 100%" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "\r" not in shown and shown.endswith("\n")
+    assert all(line.startswith("letters: ") for line in shown.splitlines())
+    assert shown.splitlines()[-1].startswith("letters: 100%")
