@@ -9,7 +9,9 @@ import inspect
 import json
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,8 @@ _HERE = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0 done, 1 an error of the input, 2 of the call, 130 interrupted."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, in order
     parser = _parser()
     chosen, rest = parser.parse_known_args(arguments)
     # argparse takes the overrides only where they stand in one row.

@@ -438,6 +438,13 @@ def test_words_that_are_not_in_the_lexicon(call: Call, corpus: Path) -> None:
     assert re.search(rf"%WER \S+ \[ \d+ / {words}, .* adamw test", printed)  # the test set stays whole
 
 
+def test_a_set_that_is_trained_on_is_named(call: Call, corpus: Path) -> None:
+    status, _, errors = call(*train(corpus, "dev=train"))
+    assert status == 0
+    assert "dev: 24 of its 24 utterances are in the training set as well, u00 for one" in errors
+    assert "test: 4 of its 4" in errors  # the toy sets number their utterances alike
+
+
 def test_another_rate_and_too_short_for_its_words(call: Call, corpus: Path) -> None:
     rng = np.random.default_rng(0)
     path = corpus / "train" / "wav" / "u07.wav"

@@ -48,14 +48,12 @@ class Path:
         outcome: how it ended.
         pairs: curvature pairs (p, Ap) of the run, as the solver's ``pairs`` selects them; oldest first.
         met: what was met on the way and is no failure (`MinRes`: `Outcome.INDEFINITE`).
-        spent: products spent by runs before this one, on which it rests.
     """
 
     points: tuple[Iterate, ...]
     outcome: Outcome
     pairs: tuple[Pair, ...] = ()
     met: Outcome | None = None
-    spent: int = 0
 
     @property
     def last(self) -> Iterate:

@@ -138,8 +138,7 @@ class NGHF(Descent):
         if not 0 < size < math.inf:
             return replace(first, points=())
         natural = natural * (math.sqrt(dot(local.gradient, local.gradient)) / size)
-        path = self.solver.solve(_damped(local.curvature, damping), natural, M=M)
-        return replace(path, spent=first.steps)
+        return self.solver.solve(_damped(local.curvature, damping), natural, M=M)
 
 
 def _damped(B: LinearOperator, damping: float) -> LinearOperator:

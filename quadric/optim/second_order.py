@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from quadric.linalg.krylov import ConjugateGradient
-from quadric.linalg.operator import Identity
+from quadric.linalg.operator import Identity, LinearOperator
 from quadric.linalg.pairs import Pair, PairSelection
 from quadric.linalg.solver import Path
 from quadric.linalg.truncation import FixedIterations, RelativeProgress
@@ -45,7 +45,7 @@ class Diagnosis:
         ratio: actual over predicted reduction, (f(theta + d) - f(theta)) / q(d); NaN when rejected.
         damping: the lambda the step was solved with.
         solver_steps: products of the solve, that is its iterations.
-        products: products with a curvature, all in all.
+        products: with a curvature, all in all: of every run, of a warm start's residual, and of the ratio.
         evaluations: of the objective, by the search.
         solver: how the solve ended.
         outcome: how the step ended.
@@ -145,8 +145,10 @@ class SecondOrder(torch.optim.Optimizer):
     def _local_model(self, objective: Objective, theta: Tensor, value: float, gradient: Tensor) -> LocalModel:
         if self.search.on is not Data.GRADIENT:
             value = objective.value(theta, self.search.on)
-        metric = None if self.descent.metric is None else objective.curvature(theta, self.descent.metric)
-        return LocalModel(theta, value, gradient, objective.curvature(theta, self.descent.kind), metric)
+        kinds = (self.descent.kind, self.descent.metric)
+        curvature, metric = (None if kind is None else _Products(objective.curvature(theta, kind)) for kind in kinds)
+        assert curvature is not None
+        return LocalModel(theta, value, gradient, curvature, metric)
 
     def _checked(self, closure: Any) -> Objective:
         if not isinstance(closure, Objective):
@@ -202,6 +204,18 @@ class SecondOrder(torch.optim.Optimizer):
             self.state[parameter] = {name: split[i].clone() for name, split in pieces.items()}
 
 
+class _Products(LinearOperator):
+    """An operator that counts its products."""
+
+    def __init__(self, operator: LinearOperator) -> None:
+        self.operator, self.calls = operator, 0
+        self.size, self.symmetric = operator.size, operator.symmetric
+
+    def apply(self, v: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        self.calls += 1
+        return self.operator @ v
+
+
 class _Counted:
     """The objective's value, counting its evaluations."""
 
@@ -231,7 +245,7 @@ def _diagnose(
         ratio=ratio,
         damping=damping,
         solver_steps=path.steps if path.points else 0,
-        products=path.spent + (path.steps if path.points else 0),
+        products=sum(op.calls for op in (local.curvature, local.metric) if isinstance(op, _Products)),
         evaluations=evaluations,
         solver=path.outcome,
         outcome=outcome,

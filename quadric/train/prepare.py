@@ -109,6 +109,7 @@ def prepare(job: Job, stages: Stages, progress: Progress) -> Prepared:
     corpora = {split: _with_features(material.corpus, features[split]) for split, material in materials.items()}
     for split in ("train", "dev"):
         _refuse_all_too_short(split, corpora[split], features[split], lexicon)
+    _warn_of_overlaps(corpora)
     arpa, perplexity = _language_model(job, stages, corpora, lexicon)
     for split, corpus in corpora.items():
         frames = sum(len(features[split][utterance.id]) for utterance in corpus)
@@ -118,6 +119,15 @@ def prepare(job: Job, stages: Stages, progress: Progress) -> Prepared:
             sum(corpus.word_counts().values()), perplexity[split],
         )  # fmt: skip
     return Prepared(corpora, perturbed or corpora["train"], features, front, lexicon, arpa, perplexity)
+
+
+def _warn_of_overlaps(corpora: Mapping[Split, Corpus]) -> None:
+    for split in ("dev", "test"):
+        if shared := corpora[split].by_id.keys() & corpora["train"].by_id.keys():
+            logger.warning(
+                "%s: %d of its %d utterances are in the training set as well, %s for one: its errors say little",
+                split, len(shared), len(corpora[split]), min(shared),
+            )  # fmt: skip
 
 
 def _load(source: Source, split: Split, cache: Path, jobs: int, progress: Progress) -> Material:

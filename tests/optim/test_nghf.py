@@ -57,7 +57,6 @@ def test_nghf_is_two_solves_with_the_natural_gradient_rescaled() -> None:
     )
     path = descent.propose(local, damping=0.1, x0=draw(len(theta)))
     torch.testing.assert_close(path.last.x, expected, rtol=1e-8, atol=1e-10)
-    assert path.spent > 0
     with pytest.raises(ValueError, match=r"local\.metric is None: NGHF needs the EMPIRICAL_FISHER operator"):
         descent.propose(LocalModel(theta, 0.0, gradient, Matrix(G)), damping=0.1, x0=None)
 
@@ -98,7 +97,7 @@ def test_the_iterate_is_chosen_on_the_curvatures_data(build: Callable[..., Secon
     assert found.value == objective.value(theta) and found.old_value == objective.value(theta, Data.CURVATURE)
     assert found.new_value == objective.value(objective.space.point(), Data.CURVATURE) < found.old_value
     assert found.solver_steps == 6 and found.evaluations == 6
-    assert found.products == (12 if build is nghf else 6)
+    assert found.products == (13 if build is nghf else 7)  # of the runs, and one of the ratio
 
 
 @pytest.mark.parametrize(

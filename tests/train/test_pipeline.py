@@ -312,12 +312,13 @@ def test_kill_in_the_flat_start_and_in_training(finished: Finished, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_ctrl_c_while_processes_work(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_request_to_stop_while_processes_work(tmp_path: Path, number: int) -> None:
     process = start(tmp_path, "jobs=2", "train.corpus.utterances=[400,12,12]")
     log = tmp_path / "digits" / "log"
     wait_for(log.exists, process)
     time.sleep(2.0)  # the synthesiser's processes start
-    os.killpg(process.pid, signal.SIGINT)
+    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors.rstrip().endswith("quadric: interrupted; the same command goes on from what is done")
