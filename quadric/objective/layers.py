@@ -30,16 +30,12 @@ class Convolution(Layer):
     """
 
     def __init__(
-        self, x: Tensor, weight: Tensor, bias: Maybe, *, transposed: bool = False,
-        output_padding: Sequence[int] = (0,), **options: Any,
-    ) -> None:  # fmt: skip
+        self, x: Tensor, weight: Tensor, bias: Maybe, *, stride: Any, padding: Any, dilation: Any, groups: int
+    ) -> None:
         self.x, self.weight, self.bias = x, weight, bias
         dims = weight.ndim - 2
-        each = {name: _each(value, dims) for name, value in options.items() if name != "groups"}
-        self.options = (
-            each["stride"], each["padding"], each["dilation"], transposed, _each(output_padding, dims),
-            options["groups"],
-        )  # fmt: skip
+        stride, padding, dilation = (_each(option, dims) for option in (stride, padding, dilation))
+        self.options = (stride, padding, dilation, False, [0] * dims, groups)  # not transposed: no output padding
         self.outputs = (torch.convolution(x, weight, bias, *self.options),)
         self.shape = self.outputs[0].shape
 

@@ -286,8 +286,7 @@ def _retained(batches: Sequence[Callable[[], Recorded]], memory: int) -> list[Ca
     The first stays in any case: a product needs the memory of one.
     """
     if len(batches) == 1:
-        first = batches[0]()
-        return [lambda: first]
+        return [partial(_same, batches[0]())]
     kept: list[Callable[[], Recorded]] = []
     for batch in batches:
         if kept and memory <= 0:

@@ -22,19 +22,6 @@ from reference import dense
 every_solver = pytest.mark.parametrize("build", cases.SOLVERS.values(), ids=[cls.__name__ for cls in cases.SOLVERS])
 
 
-class Failing(LinearOperator):
-    """The matrix until the n-th product, then ``value`` everywhere."""
-
-    symmetric = True
-
-    def __init__(self, matrix: torch.Tensor, products: int, value: float) -> None:
-        self.matrix, self.size, self.left, self.value = matrix, len(matrix), products, value
-
-    def apply(self, v: torch.Tensor) -> torch.Tensor:
-        self.left -= 1
-        return self.matrix @ v if self.left >= 0 else torch.full_like(v, self.value)
-
-
 def walk(build: SolverCase, *args: object, **kwargs: object) -> list[Iterate]:
     return [p for p in build(60, Residual(1e-11)).iterates(*args, **kwargs) if isinstance(p, Iterate)]
 
@@ -100,7 +87,7 @@ def test_a_product_that_is_not_finite_keeps_the_iterate_before_it(
 ) -> None:
     A, b = dense.random_spd(20, seed=4), draw(20)
     healthy = walk(build, Matrix(A), b)
-    path = build(60, Residual(1e-11)).solve(Failing(A, products, value), b)
+    path = build(60, Residual(1e-11)).solve(dense.Failing(A, products, value), b)
     assert (path.outcome, path.steps) == (Outcome.NON_FINITE, products)
     assert torch.equal(path.last.x, healthy[products].x)
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quadric.linalg.krylov import ConjugateGradient
-from quadric.linalg.operator import Diagonal, Identity, LinearOperator, Matrix
+from quadric.linalg.operator import Diagonal, Identity, Matrix
 from quadric.linalg.solver import Iterate
 from quadric.linalg.truncation import RelativeProgress, Residual
 from quadric.linalg.vector import dot
@@ -114,24 +114,11 @@ def test_an_indefinite_preconditioner_is_an_outcome_and_no_exception(diagonal: l
     assert path.last.x.isfinite().all()
 
 
-class FailsLater(LinearOperator):
-    """The matrix until the n-th product, then ``value`` everywhere."""
-
-    symmetric = True
-
-    def __init__(self, matrix: torch.Tensor, products: int, value: float) -> None:
-        self.matrix, self.size, self.left, self.value = matrix, len(matrix), products, value
-
-    def apply(self, v: torch.Tensor) -> torch.Tensor:
-        self.left -= 1
-        return self.matrix @ v if self.left >= 0 else torch.full_like(v, self.value)
-
-
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_product_that_is_not_finite_keeps_the_iterate_before_it(value: float) -> None:
     A, b = problem(20, 4)
     healthy = [p for p in EXACT.iterates(Matrix(A), b) if isinstance(p, Iterate)]
-    path = EXACT.solve(FailsLater(A, 5, value), b)
+    path = EXACT.solve(dense.Failing(A, 5, value), b)
     assert (path.outcome, path.steps) == (Outcome.NON_FINITE, 5)
     assert torch.equal(path.last.x, healthy[5].x)
 

@@ -87,3 +87,16 @@ def random_spd(n: int, *, condition: float = 100.0, seed: int = 0) -> Tensor:
     """A symmetric positive definite matrix with eigenvalues spread geometrically over 1 .. ``condition``."""
     basis, _ = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)))
     return (basis * torch.logspace(0, float(torch.tensor(condition).log10()), n, dtype=torch.float64)) @ basis.T
+
+
+class Failing(LinearOperator):
+    """The matrix until the n-th product, then ``value`` everywhere."""
+
+    symmetric = True
+
+    def __init__(self, matrix: Tensor, products: int, value: float) -> None:
+        self.matrix, self.size, self.left, self.value = matrix, len(matrix), products, value
+
+    def apply(self, v: Tensor) -> Tensor:
+        self.left -= 1
+        return self.matrix @ v if self.left >= 0 else torch.full_like(v, self.value)
