@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from quadric.comm.collective import Collective
-from quadric.comm.communicator import Communicator, Solo
+from quadric.comm.communicator import Communicator, Solo, Timed
 from quadric.lattice.automaton import Automaton
 from quadric.linalg import truncation
 from quadric.linalg.krylov import ConjugateGradient, Conjugation, FlexibleCG, MinRes, Notay, PolakRibiere
@@ -29,12 +29,13 @@ from quadric.loss.loss import Bernoulli, CrossEntropy, Loss, SquaredError
 from quadric.objective.curvature import CurvatureOperator
 from quadric.objective.objective import Objective
 from quadric.optim.damping import AfterRejection, Damping, Fixed, LevenbergMarquardt
-from quadric.optim.descent import NGHF, Descent, NewtonCG
+from quadric.optim.descent import NGHF, Descent, NaturalGradient, NewtonCG
 from quadric.optim.precondition import LBFGS, FisherDiagonal, Preconditioner, SharedCounts
 from quadric.optim.sampling import FixedSizes, GeometricSizes, Sampler, VarianceTested
 from quadric.optim.search import Backtracking, BestIterate, Search
 from quadric.optim.second_order import SecondOrder, hessian_free, natural_gradient, nghf
 from quadric.space import ParameterSpace
+from quadric.stopwatch import Stopwatch
 from reference import dense
 
 MicroBatch = tuple[Tensor, Any]
@@ -132,6 +133,7 @@ TRUNCATIONS: dict[type[Truncation], Callable[[], Truncation]] = {
 
 COMMUNICATORS: dict[type[Communicator], Callable[[Path], Communicator]] = {
     Solo: lambda folder: Solo(),
+    Timed: lambda folder: Timed(Solo(), Stopwatch(lambda: 0.0)),
     Collective: lambda folder: Collective(0, 1, f"file://{folder}/meeting", timeout=5),
 }
 
@@ -180,7 +182,11 @@ DAMPINGS: dict[type[Damping], Callable[[], Damping]] = {
     AfterRejection: AfterRejection,
 }
 SEARCHES: dict[type[Search], Callable[[], Search]] = {Backtracking: Backtracking, BestIterate: BestIterate}
-DESCENTS: dict[type[Descent], Callable[[], Descent]] = {NewtonCG: NewtonCG, NGHF: NGHF}
+DESCENTS: dict[type[Descent], Callable[[], Descent]] = {
+    NewtonCG: NewtonCG,
+    NaturalGradient: NaturalGradient,
+    NGHF: NGHF,
+}
 PRECONDITIONERS: dict[type[Preconditioner], Callable[[], Preconditioner]] = {
     LBFGS: LBFGS,
     FisherDiagonal: FisherDiagonal,

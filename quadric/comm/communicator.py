@@ -11,6 +11,8 @@ from types import TracebackType
 
 from torch import Tensor
 
+from quadric.stopwatch import Stopwatch
+
 
 class Communicator(ABC):
     """One of the ranks 0, ..., size - 1 of a job. Every method is called by all ranks, or by none.
@@ -99,3 +101,35 @@ class Solo(Communicator):
 
     def close(self) -> None:
         pass
+
+
+class Timed(Communicator):
+    """A communicator whose conversations are timed as ``communication``, waiting for the other ranks included.
+
+    Args:
+        communicator: who talks.
+        stopwatch: told the time.
+    """
+
+    def __init__(self, communicator: Communicator, stopwatch: Stopwatch) -> None:
+        self._communicator, self._stopwatch = communicator, stopwatch
+        self.rank, self.size = communicator.rank, communicator.size
+
+    @property
+    def bytes_sent(self) -> int:  # type: ignore[override]
+        return self._communicator.bytes_sent
+
+    def sum_(self, *tensors: Tensor) -> None:
+        with self._stopwatch.on("communication"):
+            self._communicator.sum_(*tensors)
+
+    def broadcast_(self, tensor: Tensor, source: int = 0) -> None:
+        with self._stopwatch.on("communication"):
+            self._communicator.broadcast_(tensor, source)
+
+    def agree(self, what: str, value: object) -> None:
+        with self._stopwatch.on("communication"):
+            self._communicator.agree(what, value)
+
+    def close(self) -> None:
+        self._communicator.close()

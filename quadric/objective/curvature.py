@@ -15,6 +15,7 @@ from quadric.comm.communicator import Communicator, Solo
 from quadric.linalg.operator import LinearOperator
 from quadric.linalg.vector import dot
 from quadric.space import ParameterSpace
+from quadric.stopwatch import Stopwatch
 
 
 class Curvature(Enum):
@@ -102,6 +103,7 @@ class CurvatureOperator(LinearOperator):
         weight: W, the number of frames.
         scale: ||theta||.
         communicator: of the ranks that hold the micro-batches.
+        stopwatch: told the time of products.
     """
 
     symmetric = True
@@ -113,14 +115,20 @@ class CurvatureOperator(LinearOperator):
         weight: float,
         scale: float,
         communicator: Communicator = Solo(),
+        stopwatch: Stopwatch | None = None,
     ) -> None:
         self.size = space.size
         self._space = space
         self._recorded = list(recorded)
         self._weight, self._scale = weight, scale
         self._communicator = communicator
+        self._stopwatch = stopwatch or Stopwatch()
 
     def apply(self, v: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        with self._stopwatch.on("products"):
+            return self._product(v)
+
+    def _product(self, v: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
         norm = math.sqrt(dot(v, v))
         factor = self._scale / norm if 0 < norm < math.inf and 0 < self._scale < math.inf else 1.0
         directions = self._space.split(v * factor)

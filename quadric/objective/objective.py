@@ -18,13 +18,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from quadric.comm.communicator import Communicator, Solo
+from quadric.comm.communicator import Communicator, Solo, Timed
 from quadric.linalg.vector import dot
 from quadric.loss.loss import Loss
 from quadric.objective.curvature import Curvature, CurvatureOperator, Linearisation, RecordedGradient
 from quadric.objective.layers import linearisable, twice_differentiable
 from quadric.objective.sharing import uses_per_frame
 from quadric.space import ParameterSpace
+from quadric.stopwatch import Clock, Stopwatch
 
 MicroBatch = Sequence[Any]
 """``(inputs, target, ...)``: a tensor the model is called with, its target, and what more there is."""
@@ -62,6 +63,12 @@ class Objective:
         memory: bytes that curvature may retain of its micro-batches; what goes beyond is recorded anew in every
             product, at about three times the price. None: half of what is free when the curvature is asked for.
         communicator: of the ranks that hold the data.
+        clock: such as ``time.perf_counter``, to know where the time goes; None: it is not known.
+
+    Attributes:
+        frames, curvature_frames: the weight of the two sets, on all ranks together.
+        stopwatch: the seconds so far of ``gradient``, ``products`` (and what is recorded for them), ``evaluation``,
+            ``preconditioner`` and ``communication``.
 
     Raises:
         ValueError: no micro-batch, or none with a frame that counts, on any rank; models that are not the same on all.
@@ -79,10 +86,13 @@ class Objective:
         seed: int = 0,
         memory: int | None = None,
         communicator: Communicator = Solo(),
+        clock: Clock | None = None,
     ) -> None:
         self.model, self.loss = model, loss
         self.space = ParameterSpace(model)
-        self.seed, self.memory, self.communicator = seed, memory, communicator
+        self.stopwatch = Stopwatch(clock)
+        self.communicator = communicator if communicator.size == 1 else Timed(communicator, self.stopwatch)
+        self.seed, self.memory = seed, memory
         self._gradient = gradient
         self._curvature = gradient if curvature is None else curvature
         self._autocast = autocast
@@ -97,14 +107,18 @@ class Objective:
         on_gradient = data is Data.GRADIENT
         parameters = self.space.views(theta)
         total = self._zero()
-        with torch.no_grad():
+        with torch.no_grad(), self.stopwatch.on("evaluation"):
             for inputs, target, seed in self._stream(self._gradient if on_gradient else self._curvature):
                 total += self.loss(self._output(inputs, seed, parameters), target)
-        self.communicator.sum_(total)
-        return float(total) / (self.frames if on_gradient else self.curvature_frames)
+            self.communicator.sum_(total)
+            return float(total) / (self.frames if on_gradient else self.curvature_frames)
 
     def value_and_grad(self, theta: Float[Tensor, " n"]) -> tuple[float, Float[Tensor, " n"]]:
         """The mean loss and its gradient at ``theta``; `gradient_noise` is then known."""
+        with self.stopwatch.on("gradient"):
+            return self._value_and_grad(theta)
+
+    def _value_and_grad(self, theta: Float[Tensor, " n"]) -> tuple[float, Float[Tensor, " n"]]:
         total, gradient = self._zero(), torch.zeros_like(theta)
         leaves, noise = self._leaves(theta), _Noise(theta)
         for inputs, target, seed in self._stream(self._gradient):
@@ -126,10 +140,11 @@ class Objective:
         """
         record = self._record_gradient if kind is Curvature.HESSIAN else partial(self._linearise, kind)
         leaves = self._leaves(theta)
-        batches = [partial(record, leaves, *batch) for batch in self._stream(self._curvature)]
-        recorded = _retained(batches, self._free() if self.memory is None else self.memory)
+        with self.stopwatch.on("products"):
+            batches = [partial(record, leaves, *batch) for batch in self._stream(self._curvature)]
+            recorded = _retained(batches, self._free() if self.memory is None else self.memory)
         scale = math.sqrt(dot(theta, theta))
-        return CurvatureOperator(self.space, recorded, self.curvature_frames, scale, self.communicator)
+        return CurvatureOperator(self.space, recorded, self.curvature_frames, scale, self.communicator, self.stopwatch)
 
     def fisher_diagonal(self, theta: Float[Tensor, " n"], draws: int = 4) -> Float[Tensor, " n"]:
         """An unbiased estimate of the diagonal of the empirical Fisher matrix, on the curvature's data.
@@ -142,6 +157,10 @@ class Objective:
             theta: the point.
             draws: of signs; the deviation is about sqrt(2 / draws) of each entry for one micro-batch, less for more.
         """
+        with self.stopwatch.on("preconditioner"):
+            return self._fisher_diagonal(theta, draws)
+
+    def _fisher_diagonal(self, theta: Float[Tensor, " n"], draws: int) -> Float[Tensor, " n"]:
         total, leaves = torch.zeros_like(theta), self._leaves(theta)
         parameters = tuple(leaves.values())
         for inputs, target, seed in self._stream(self._curvature):

@@ -16,13 +16,14 @@ class Damping(ABC):
     initial: float
 
     @abstractmethod
-    def update(self, value: float, ratio: float) -> float:
+    def update(self, value: float, ratio: float, *, whole: bool = True) -> float:
         """The next lambda.
 
         Args:
             value: the present lambda.
             ratio: actual over predicted reduction, (f(theta + d) - f(theta)) / q(d); positive when both fell. NaN or
                 minus infinity for a rejected step.
+            whole: whether the step was taken in its full length.
         """
 
 
@@ -47,7 +48,7 @@ class LevenbergMarquardt(Damping):
         if not self.boost > 1 > self.drop > 0:
             raise ValueError(f"boost={self.boost}, drop={self.drop}: need boost > 1 > drop > 0")
 
-    def update(self, value: float, ratio: float) -> float:
+    def update(self, value: float, ratio: float, *, whole: bool = True) -> float:
         if not ratio >= self.low or math.isnan(ratio):
             return min(value * self.boost, self.maximum)
         return max(value * self.drop, self.minimum) if ratio > self.high else value
@@ -59,19 +60,19 @@ class Fixed(Damping):
 
     initial: float = 0.0
 
-    def update(self, value: float, ratio: float) -> float:
+    def update(self, value: float, ratio: float, *, whole: bool = True) -> float:
         return value
 
 
 @dataclass(frozen=True)
 class AfterRejection(Damping):
-    """None until a step is rejected; then from ``start`` up by ``boost`` while steps are, and down by ``drop`` to none.
+    """None until a step fails; then from ``start`` up by ``boost`` while steps do, and down by ``drop`` to none.
 
-    For methods that are undamped in their papers: on new data a rejected step may be left at that, on the same data it
-    would be proposed for ever.
+    A step fails that is rejected, or taken only in part. For methods that are undamped in their papers: on new data a
+    rejected step may be left at that, on the same data it would be proposed for ever.
     """
 
-    start: float = 1e-3
+    start: float = 1e-2
     boost: float = 4.0
     drop: float = 1 / 2
     initial: float = 0.0
@@ -82,7 +83,7 @@ class AfterRejection(Damping):
                 f"start={self.start}, boost={self.boost}, drop={self.drop}: need start > 0 and boost > 1 > drop > 0"
             )
 
-    def update(self, value: float, ratio: float) -> float:
-        if math.isnan(ratio) or ratio == -math.inf:
+    def update(self, value: float, ratio: float, *, whole: bool = True) -> float:
+        if math.isnan(ratio) or ratio == -math.inf or not whole:
             return max(value * self.boost, self.start)
         return value * self.drop if value * self.drop >= self.start else 0.0

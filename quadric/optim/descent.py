@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quadric.linalg.krylov import ConjugateGradient
 from quadric.linalg.operator import Identity, LinearOperator
-from quadric.linalg.solver import ChangingInverse, KrylovSolver, Path
+from quadric.linalg.solver import ChangingInverse, Iterate, KrylovSolver, Path
 from quadric.linalg.truncation import FixedIterations
 from quadric.linalg.vector import dot
 from quadric.objective.curvature import Curvature
@@ -61,7 +61,7 @@ class Descent(ABC):
 
         Args:
             local: the model around the present point.
-            damping: lambda, added to the curvature as lambda I.
+            damping: lambda, added to the curvature as lambda I, or as a share of the curvature (see the descent).
             x0: the last proposal of the previous step, or None.
             M: the inverse of a preconditioner.
         """
@@ -96,17 +96,62 @@ class NewtonCG(Descent):
         M: LinearOperator | ChangingInverse | None = None,
     ) -> Path:
         start = None if x0 is None or self.momentum == 0 else self.momentum * x0
-        return self.solver.solve(_damped(local.curvature, damping), -local.gradient, x0=start, M=M)
+        B = local.curvature
+        damped = B + damping * Identity(B.size) if damping else B
+        return self.solver.solve(damped, -local.gradient, x0=start, M=M)
+
+
+@dataclass(frozen=True)
+class NaturalGradient(Descent):
+    """F x = -g by a truncated Krylov solve, mu x by the quadratic model (Haider and Woodland, 2017).
+
+    The empirical Fisher matrix is of another scale than the objective's curvature (it grows with the square of the
+    loss), and the papers leave mu, the inverse of their Lagrange multiplier, open. Here one mu for the path minimises
+    the quadratic model along its last point, -g'x / x'Bx, for one product with B.
+
+    The paper's lambda is 0. Otherwise it is a share of the curvature along the gradient, g'Fg / g'g, for one product
+    more: no number would do for every F.
+
+    Attributes:
+        solver: of the linear system; it starts from zero.
+        metric: F.
+        kind: B.
+    """
+
+    solver: KrylovSolver = field(
+        default_factory=lambda: ConjugateGradient(8, FixedIterations(8), storage_ratio=EVERY_ITERATE)
+    )
+    metric: Curvature = Curvature.EMPIRICAL_FISHER
+    kind: Curvature = Curvature.GAUSS_NEWTON
+
+    def propose(
+        self,
+        local: LocalModel,
+        *,
+        damping: float,
+        x0: Float[Tensor, " n"] | None,
+        M: LinearOperator | ChangingInverse | None = None,
+    ) -> Path:
+        g = local.gradient
+        path = self.solver.solve(_damped_by_share(_metric(self, local), damping, g), -g, M=M)
+        x = path.last.x
+        curved = dot(x, local.curvature @ x)
+        mu = -dot(g, x) / curved if curved > 0 else 1.0
+        return replace(path, points=tuple(replace(p, x=mu * p.x, model=mu * p.model) for p in path.points))
 
 
 @dataclass(frozen=True)
 class NGHF(Descent):
     """Natural gradient, then Hessian-free from it, by two short runs (Haider et al., 2021, section 6).
 
-    Run 1 solves (F + lambda I) x = -g for the natural gradient, run 2 (B + lambda I) d = x; the path is that of run 2.
-    The paper's lambda is 0; with much of it d turns towards the gradient. The papers leave the scale of x open, and a
-    step G^-1 F^-1 g is not free of it: x is rescaled to ||g||, so that the steps are of the size of Hessian-free ones.
-    Both runs start from zero.
+    Run 1 solves F x = -g for the natural gradient x, run 2 B d = x; both start from zero. The path is that of run 2.
+
+    The papers leave the scale of x open, and a step B^-1 F^-1 g is not free of it. Here x has the length of g, and
+    every point d of the path is then multiplied by what minimises the quadratic model along it, -g'd / d'Bd. Conjugate
+    gradients know d'Bd: no product is needed.
+
+    The paper's lambda is 0. Otherwise it is a share of either matrix along the gradient, as in `NaturalGradient`; with
+    much of it d turns towards the gradient.
 
     Attributes:
         natural: solver of run 1, whose last iterate is handed on.
@@ -130,16 +175,36 @@ class NGHF(Descent):
         x0: Float[Tensor, " n"] | None,
         M: LinearOperator | ChangingInverse | None = None,
     ) -> Path:
-        if local.metric is None:
-            raise ValueError(f"local.metric is None: NGHF needs the {self.metric.name} operator in the local model")
-        first = self.natural.solve(_damped(local.metric, damping), -local.gradient, M=M)
+        g = local.gradient
+        first = self.natural.solve(_damped_by_share(_metric(self, local), damping, g), -g, M=M)
         natural = first.last.x
         size = math.sqrt(dot(natural, natural))
         if not 0 < size < math.inf:
             return replace(first, points=())
-        natural = natural * (math.sqrt(dot(local.gradient, local.gradient)) / size)
-        return self.solver.solve(_damped(local.curvature, damping), natural, M=M)
+        natural = natural * (math.sqrt(dot(g, g)) / size)
+        path = self.solver.solve(_damped_by_share(local.curvature, damping, g), natural, M=M)
+        return replace(path, points=tuple(_of_best_length(point, natural, g) for point in path.points))
 
 
-def _damped(B: LinearOperator, damping: float) -> LinearOperator:
-    return B + damping * Identity(B.size) if damping else B
+def _of_best_length(point: Iterate, b: Float[Tensor, " n"], g: Float[Tensor, " n"]) -> Iterate:
+    """The minimiser of g'd + 1/2 d'Ad along a point of a path to A x = b; ``model`` is then that of this minimum.
+
+    A point along which the model does not fall stays as it is.
+    """
+    slope, curved = dot(g, point.x), 2 * (point.model + dot(b, point.x))
+    if not (slope < 0 < curved):
+        return point
+    return replace(point, x=point.x * (-slope / curved), model=-(slope**2) / (2 * curved))
+
+
+def _metric(descent: Descent, local: LocalModel) -> LinearOperator:
+    if local.metric is None:
+        assert descent.metric is not None
+        name, metric = type(descent).__name__, descent.metric.name
+        raise ValueError(f"local.metric is None: {name} needs the {metric} operator in the local model")
+    return local.metric
+
+
+def _damped_by_share(B: LinearOperator, share: float, g: Float[Tensor, " n"]) -> LinearOperator:
+    """B + lambda I with lambda as a share of g'Bg / g'g."""
+    return B + share * max(0.0, dot(g, B @ g) / dot(g, g)) * Identity(B.size) if share else B

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Sizes(NamedTuple):
-    """Frames of the gradient's and of the curvature's sample."""
+    """Frames of the gradient's and of the curvature's sample; the latter is 0 where there is no curvature."""
 
     gradient: int
     curvature: int
@@ -23,7 +23,7 @@ class Seen(NamedTuple):
         total: frames of the training set.
         last: the sizes of the last step; None before the first.
         noise: the standard error of the last gradient over its norm, sqrt(E||g_S - g||^2) / ||g_S||, as the gradient's
-            own micro-batches tell it; NaN where it is not known.
+            own micro-batches tell it; NaN where it is not known, as from one micro-batch.
     """
 
     updates: int
@@ -42,17 +42,19 @@ class Sampler(ABC):
 
 @dataclass(frozen=True)
 class FixedSizes(Sampler):
-    """The same in every step.
+    """The same in every step. First-order optimisers have no curvature's sample.
 
     >>> FixedSizes(1000, 50).sizes(Seen(updates=7, total=800))
     Sizes(gradient=800, curvature=50)
     """
 
     gradient: int
-    curvature: int
+    curvature: int = 0
 
     def __post_init__(self) -> None:
-        _positive(gradient=self.gradient, curvature=self.curvature)
+        _positive(gradient=self.gradient)
+        if self.curvature < 0:
+            raise ValueError(f"curvature={self.curvature}: frames of the curvature's sample, or 0 for none")
 
     def sizes(self, seen: Seen) -> Sizes:
         return _at_most(self.gradient, self.curvature, seen.total)
@@ -103,7 +105,8 @@ class VarianceTested(Sampler):
     """The gradient's sample grows when its own variance says that it is too small (Byrd et al., 2012, equation 3.12).
 
     The test is ||Var||_1 / |S| <= theta^2 ||g_S||^2 (equation 3.9); where it fails, |S| becomes what would pass it. The
-    variance is that between the gradient's micro-batches, which the gradient pass sees anyway.
+    variance is that between the gradient's micro-batches, which the gradient pass sees anyway. A sample of a single
+    micro-batch, which tells nothing of it, grows.
 
     Attributes:
         gradient: frames in the first step.
@@ -130,9 +133,11 @@ class VarianceTested(Sampler):
             raise ValueError(f"growth={self.growth}: must be over 1, or the sample never grows")
 
     def sizes(self, seen: Seen) -> Sizes:
-        size = self.gradient if seen.last is None else seen.last.gradient
-        if seen.noise > self.theta:
-            size = math.ceil(size * min((seen.noise / self.theta) ** 2, self.growth))
+        if seen.last is None:
+            size = self.gradient
+        else:
+            wanted = self.growth if math.isnan(seen.noise) else (seen.noise / self.theta) ** 2
+            size = math.ceil(seen.last.gradient * min(max(wanted, 1.0), self.growth))
         size = min(size, seen.total)
         return _at_most(size, math.ceil(self.share * size), seen.total)
 

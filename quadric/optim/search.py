@@ -68,8 +68,7 @@ class Backtracking(Search):
     on: Data = Data.GRADIENT
 
     def __post_init__(self) -> None:
-        if not 0 < self.shrink < 1:
-            raise ValueError(f"shrink={self.shrink}: a factor between 0 and 1")
+        _check_shrink(self.shrink)
 
     def select(self, local: LocalModel, path: Path, value: Value) -> Step | None:
         def at(step: Tensor) -> float:
@@ -101,23 +100,44 @@ class Backtracking(Search):
 class BestIterate(Search):
     """The point of the path with the lowest value, if it is lower than where we are (Haider et al., 2021, section 4.1).
 
+    The paper takes no step otherwise. Here that point is then shortened until it is: far from a minimum the undamped
+    model of a good direction is often wrong about its length.
+
     Attributes:
+        shrink: the factor by which it is shortened.
+        attempts: how often at most, before the step is rejected; 0 is the paper's.
         on: the data that candidates are judged on; the paper's is the curvature's.
     """
 
+    shrink: float = 0.5
+    attempts: int = 8
     on: Data = Data.CURVATURE
+
+    def __post_init__(self) -> None:
+        _check_shrink(self.shrink)
 
     def select(self, local: LocalModel, path: Path, value: Value) -> Step | None:
         found = [(_finite(value(local.theta + p.x)), index, p) for index, p in _candidates(path)]
         if not found:
             return None
         best, index, point = min(found, key=lambda item: item[:2])
-        return Step(point.x, best, point.model, index, 1.0) if best < local.value else None
+        scale = 1.0
+        for _ in range(self.attempts):
+            if best < local.value:
+                break
+            scale *= self.shrink
+            best = _finite(value(local.theta + scale * point.x))
+        return Step(scale * point.x, best, point.model, index, scale) if best < local.value else None
 
 
 def _candidates(path: Path) -> list[tuple[int, Iterate]]:
     """The points of the path with their places, without a start at zero."""
     return [(i, p) for i, p in enumerate(path.points) if p.step > 0 or bool(p.x.any())]
+
+
+def _check_shrink(shrink: float) -> None:
+    if not 0 < shrink < 1:
+        raise ValueError(f"shrink={shrink}: a factor between 0 and 1")
 
 
 def _finite(value: float) -> float:

@@ -7,8 +7,8 @@ reads how true the model was.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,7 @@ from quadric.linalg.vector import dot
 from quadric.objective.curvature import Curvature
 from quadric.objective.objective import Data, Objective
 from quadric.optim.damping import AfterRejection, Damping, LevenbergMarquardt
-from quadric.optim.descent import EVERY_ITERATE, NGHF, Descent, LocalModel, NewtonCG
+from quadric.optim.descent import EVERY_ITERATE, NGHF, Descent, LocalModel, NaturalGradient, NewtonCG
 from quadric.optim.precondition import Preconditioner
 from quadric.optim.search import Backtracking, BestIterate, Search, Step, Value
 from quadric.outcome import Outcome
@@ -49,6 +49,9 @@ class Diagnosis:
         evaluations: of the objective, by the search.
         solver: how the solve ended.
         outcome: how the step ended.
+        gradient_frames, curvature_frames: the weight of the two samples, on all ranks together.
+        seconds: of ``gradient``, ``products``, ``evaluation``, ``preconditioner``, ``communication`` and ``solver``
+            (its vectors); empty where the objective has no clock.
     """
 
     value: float
@@ -63,10 +66,14 @@ class Diagnosis:
     evaluations: int
     solver: Outcome
     outcome: Outcome
+    gradient_frames: float
+    curvature_frames: float
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
     def record(self) -> dict[str, float | int | str]:
-        """Flat numbers and names, for a log."""
-        return {k: v.name.lower() if isinstance(v, Outcome) else v for k, v in asdict(self).items()}
+        """Flat numbers and names, for a log: ``products_seconds`` and the like for the times."""
+        flat = {k: v.name.lower() if isinstance(v, Outcome) else v for k, v in asdict(self).items() if k != "seconds"}
+        return flat | {f"{work}_seconds": spent for work, spent in self.seconds.items()}
 
 
 class SecondOrder(torch.optim.Optimizer):
@@ -116,16 +123,24 @@ class SecondOrder(torch.optim.Optimizer):
             ValueError: ``closure`` is not an `Objective`, or one of other parameters than the optimiser's.
         """
         objective = self._checked(closure)
+        watch, before = objective.stopwatch, dict(objective.stopwatch.seconds)
+        with watch.on("solver"):
+            found = self._step(objective)
+        seconds = {work: spent - before.get(work, 0.0) for work, spent in watch.seconds.items()}
+        self.diagnosis = replace(found, seconds=seconds)
+        return torch.tensor(found.value, dtype=torch.float64)
+
+    def _step(self, objective: Objective) -> Diagnosis:
         space, damping = objective.space, float(self.param_groups[0]["damping"])
         theta = space.point()
         with torch.enable_grad():
             value, gradient = objective.value_and_grad(theta)
         if not math.isfinite(value) or not bool(gradient.isfinite().all()):
             local = LocalModel(theta, value, gradient, Identity(space.size))
-            self.diagnosis = _diagnose(value, local, Path((), Outcome.NON_FINITE), None, math.nan, damping, 0)
             self._remember(space, None, ())
             self.param_groups[0]["damping"] = self.rule.update(damping, math.nan)
-            return torch.tensor(value, dtype=torch.float64)
+            nothing = Path((), Outcome.NON_FINITE)
+            return _diagnose(objective, value, local, nothing, None, math.nan, damping, 0)
         search = _Counted(partial(objective.value, data=self.search.on))
         local = self._local_model(objective, theta, value, gradient)
         M = None
@@ -138,9 +153,9 @@ class SecondOrder(torch.optim.Optimizer):
             self._move(space, step.direction)
         self._remember(space, path.points[-1].x if step is not None and step.scale == 1 else None, path.pairs)
         if path.outcome is not Outcome.ZERO_RIGHT_HAND_SIDE:  # where nothing was asked, nothing was learnt
-            self.param_groups[0]["damping"] = self.rule.update(damping, ratio)
-        self.diagnosis = _diagnose(value, local, path, step, ratio, damping, search.calls)
-        return torch.tensor(value, dtype=torch.float64)
+            whole = step is not None and step.scale == 1
+            self.param_groups[0]["damping"] = self.rule.update(damping, ratio, whole=whole)
+        return _diagnose(objective, value, local, path, step, ratio, damping, search.calls)
 
     def _local_model(self, objective: Objective, theta: Tensor, value: float, gradient: Tensor) -> LocalModel:
         if self.search.on is not Data.GRADIENT:
@@ -228,7 +243,14 @@ class _Counted:
 
 
 def _diagnose(
-    value: float, local: LocalModel, path: Path, step: Step | None, ratio: float, damping: float, evaluations: int
+    objective: Objective,
+    value: float,
+    local: LocalModel,
+    path: Path,
+    step: Step | None,
+    ratio: float,
+    damping: float,
+    evaluations: int,
 ) -> Diagnosis:
     if step is not None:
         outcome = Outcome.ACCEPTED
@@ -249,6 +271,8 @@ def _diagnose(
         evaluations=evaluations,
         solver=path.outcome,
         outcome=outcome,
+        gradient_frames=objective.frames,
+        curvature_frames=objective.curvature_frames,
     )
 
 
@@ -312,7 +336,7 @@ def natural_gradient(
     solver = ConjugateGradient(iterations, FixedIterations(iterations), EVERY_ITERATE, _pairs_of(preconditioner))
     return SecondOrder(
         params,
-        descent=NewtonCG(solver, momentum=0.0, kind=metric),
+        descent=NaturalGradient(solver, metric),
         search=search or BestIterate(),
         damping=damping or AfterRejection(),
         preconditioner=preconditioner,

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from quadric.data.augment import SpecAugment
 from quadric.speech.gaussian import GaussianBootstrap
-from quadric.train.recipe import Decoding, FirstOrder, FlatStart, HessianFree, Job, Network
+from quadric.train.method import FirstOrder, HessianFree
+from quadric.train.recipe import Decoding, FlatStart, Job, Network
 from quadric.train.sources import An4
 
 

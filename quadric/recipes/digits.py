@@ -5,7 +5,8 @@ from __future__ import annotations
 from quadric.data.augment import SpecAugment
 from quadric.speech.gaussian import GaussianBootstrap
 from quadric.speech.synthesis import DigitCorpus
-from quadric.train.recipe import Decoding, FirstOrder, FlatStart, HessianFree, Job, Network
+from quadric.train.method import FirstOrder, HessianFree
+from quadric.train.recipe import Decoding, FlatStart, Job, Network
 from quadric.train.sources import SpokenDigits
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from quadric.speech.features import Fbank
 from quadric.speech.tree import TreeOptions
-from quadric.train.recipe import Decoding, FirstOrder, FlatStart, HessianFree, Job, Network
+from quadric.train.method import FirstOrder, HessianFree
+from quadric.train.recipe import Decoding, FlatStart, Job, Network
 from quadric.train.sources import KaldiDirectory
 
 

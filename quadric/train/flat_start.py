@@ -21,6 +21,7 @@ from quadric.data.stream import FrameStream
 from quadric.loss.full_sum import FullSum, FullSumTarget
 from quadric.loss.loss import CrossEntropy, Loss
 from quadric.model.acoustic import TDNN, log_priors
+from quadric.optim.sampling import FixedSizes
 from quadric.progress import Progress
 from quadric.speech.alignment import Alignments, ForcedAlignment, align, fit_lengths, load_alignments, save_alignments
 from quadric.speech.corpus import Corpus
@@ -244,7 +245,7 @@ def _fit(
     job: Job, model: TDNN, loss: Loss, stream: FrameStream, epochs: float, folder: Path, progress: Progress, what: str
 ) -> None:
     """Trains ``model`` in place by Adam, or takes its parameters from ``folder`` where that was done before."""
-    plan = Plan(epochs=epochs, gradient_frames=job.flat_start.gradient_frames, autocast=job.autocast, seed=job.seed)
+    plan = Plan(epochs, FixedSizes(job.flat_start.gradient_frames), autocast=job.autocast, seed=job.seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=job.flat_start.lr)
     Trainer(model, loss, optimizer, stream, None, plan, folder).fit(progress=progress, what=what)
     with reading(folder):

@@ -32,9 +32,10 @@ from quadric.speech.tree import ContextStatistics, grow, retie, untie
 from quadric.train import checkpoint
 from quadric.train.decode import write_decoded
 from quadric.train.flat_start import Aligned, Targets, flat_start, viterbi
+from quadric.train.method import Method
 from quadric.train.metrics import MetricsLog
 from quadric.train.prepare import Prepared, prepare
-from quadric.train.recipe import Job, Method
+from quadric.train.recipe import Job
 from quadric.train.report import Environment, Report, Run, Sweep, write_report
 from quadric.train.stages import Stages, alone_in, digest, plain, reading
 from quadric.train.system import System
@@ -184,13 +185,7 @@ def _trained(
         transform=job.augment,
     )
     held_out = FrameStream(_only(prepared.features["dev"], units.dev), units.dev, context=context, chunk=None)
-    plan = Plan(
-        epochs=method.epochs,
-        gradient_frames=method.gradient_frames,
-        curvature_frames=method.curvature_frames,
-        autocast=job.autocast,
-        seed=job.seed,
-    )
+    plan = Plan(method.epochs, method.sampler, autocast=job.autocast, seed=job.seed)
     trainer = Trainer(
         model,
         CrossEntropy(),

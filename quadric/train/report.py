@@ -23,6 +23,7 @@ from quadric.train.charts import Line, Scale, colour, line_chart, marker
 from quadric.train.stages import plain
 
 _SAMPLES = 10_000
+_WORK: tuple[str, ...] = ("gradient", "products", "evaluation", "preconditioner", "solver", "communication")
 _RATIOS = (-1.0, 2.5)
 
 
@@ -34,7 +35,8 @@ class Run:
         name: of the system, unlike those of the other runs.
         curves: the records of its log. Of their entries the page shows, against ``update`` and ``seconds``,
             ``objective`` (on the training data), ``dev_loss`` and ``dev_accuracy``, and of second-order steps
-            ``damping``, ``solver_steps``, ``ratio`` and ``outcome``.
+            ``damping``, ``solver_steps``, ``ratio``, ``outcome``, the frames of the samples and the seconds of each
+            kind of work.
         scores: name of a test set -> the system's score on it.
         updates: of the parameters.
         seconds: of training.
@@ -322,6 +324,9 @@ def _diagnostics(report: Report) -> list[Markup]:
         ("damping", "Damping λ", "log", None),
         ("solver_steps", "CG steps per update", "linear", None),
         ("ratio", "Reduction ratio: actual over predicted", "linear", _RATIOS),
+        ("gradient_frames", "Frames of the gradient's sample", "linear", None),
+        ("curvature_frames", "Frames of the curvature's sample", "linear", None),
+        *((f"{work}_seconds", f"Seconds of an update: {work}", "linear", None) for work in _WORK),
     )
     charts = []
     for key, label, scale, limits in shown:

@@ -1,7 +1,7 @@
 """The training loop: one for every optimiser, resumable to the bit.
 
-An update is ``optimizer.step(objective)``. What differs between optimisers is how much data an update sees, and that
-is in the `Plan`.
+An update is ``optimizer.step(objective)``. What differs between optimisers is how much data an update sees: the
+`Sampler` of the `Plan` says it.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from quadric.data.stream import FrameStream
 from quadric.loss.loss import PADDING, Loss
 from quadric.objective.objective import Objective
+from quadric.optim.sampling import Sampler, Seen, Sizes
 from quadric.optim.second_order import SecondOrder
 from quadric.progress import Progress, silent
+from quadric.stopwatch import Clock
 from quadric.train import checkpoint
 from quadric.train.metrics import MetricsLog
 from quadric.train.stages import reading
@@ -50,34 +52,39 @@ class Plan:
     """How much data, how often judged.
 
     Attributes:
-        epochs: passes over the training data.
-        gradient_frames: frames each update's gradient sees.
-        curvature_frames: frames its curvature sees, drawn from the whole set; 0 for first-order optimisers.
+        epochs: passes over the training data, by gradients.
+        sampler: how much data each update sees; its curvature's is drawn from the whole set.
         evaluations: of the held-out data, evenly spaced over the run, besides the one before it.
         autocast: compute matrix products in bfloat16.
         seed: of dropout.
     """
 
     epochs: float
-    gradient_frames: int
-    curvature_frames: int = 0
+    sampler: Sampler
     evaluations: int = 20
     autocast: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "gradient_frames", "evaluations"):
+        for name in ("epochs", "evaluations"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be positive")
 
     def updates(self, total_frames: int) -> int:
-        """Optimiser steps for ``epochs`` passes over ``total_frames`` frames."""
-        return max(1, math.ceil(self.epochs * total_frames / self.gradient_frames))
+        """Optimiser steps over ``total_frames`` frames: exactly, or at most where the sampler looks at the gradient."""
+        updates, drawn, last = 0, 0, None
+        while drawn < self.epochs * total_frames:
+            last = self.sampler.sizes(Seen(updates, total_frames, last, noise=0.0))
+            updates, drawn = updates + 1, drawn + last.gradient
+        return updates
 
-    def judged(self, updates: int) -> set[int]:
-        """The updates after which the held-out data is looked at."""
-        n = min(self.evaluations, updates)
-        return {round(updates * (i + 1) / n) for i in range(n)}
+    def done(self, drawn: int, total_frames: int) -> bool:
+        """Whether gradients of ``drawn`` frames are all."""
+        return drawn >= self.epochs * total_frames
+
+    def looks(self, drawn: int, total_frames: int) -> int:
+        """How often the held-out data is looked at in the first ``drawn`` frames."""
+        return min(self.evaluations, math.floor(self.evaluations * drawn / (self.epochs * total_frames)))
 
 
 def evaluate(model: nn.Module, loss: Loss, stream: FrameStream, *, autocast: bool = False) -> dict[str, float]:
@@ -137,6 +144,9 @@ class Trainer:
         self.updates = plan.updates(stream.total_frames)
         self.scheduler = schedule(optimizer, self.updates) if schedule else None
         self.update = 0
+        self.drawn = 0
+        self._sizes: Sizes | None = None
+        self._noise = math.nan
         self.seconds = 0.0
         self.best = math.inf
         self._objectives: list[float] = []
@@ -152,21 +162,21 @@ class Trainer:
         self.folder.mkdir(parents=True, exist_ok=True)
         if (self.folder / "state.pt").exists():
             self._load()
-            if self.update >= self.updates:
+            if self._done:
                 return self._best()
             logger.info("going on from update %d of %d in %s", self.update, self.updates, self.folder)
         else:
             self._metrics.truncate_after(-1)
             self._log(self._judge())
         saved = time.monotonic()
-        judged = self.plan.judged(self.updates)
-        remaining = range(self.update, self.updates)
         with _stop_requests() as stop:
-            for _ in progress(remaining, total=len(remaining), what=what):
+            for _ in progress(self._remaining(), total=self.updates - self.update, what=what):
+                looks = self.plan.looks(self.drawn, self.stream.total_frames)
                 record = self._step()
-                if self.update in judged:
+                judged = self.plan.looks(self.drawn, self.stream.total_frames) > looks
+                if judged:
                     record |= {"objective": self._mean_objective()} | self._judge()
-                if self.update in judged or isinstance(self.optimizer, SecondOrder):
+                if judged or isinstance(self.optimizer, SecondOrder):
                     self._log(record)
                 if stop.is_set() or time.monotonic() - saved > CHECKPOINT_SECONDS:
                     self._save()
@@ -179,6 +189,15 @@ class Trainer:
         self._save()
         return self._best()
 
+    @property
+    def _done(self) -> bool:
+        return self.plan.done(self.drawn, self.stream.total_frames)
+
+    def _remaining(self) -> Iterator[int]:
+        """The updates to come, each by its number of updates before it."""
+        while not self._done:
+            yield self.update
+
     def _best(self) -> Mapping[str, Any]:
         with reading(self.folder):
             return checkpoint.load(self.folder / "model.pt")
@@ -186,21 +205,22 @@ class Trainer:
     def _step(self) -> dict[str, Any]:
         start = time.monotonic()
         self.model.train()
-        curvature = None
-        if self.plan.curvature_frames:
-            curvature = self.stream.sample(self.plan.curvature_frames, key=self.update)
+        sizes = self.plan.sampler.sizes(Seen(self.update, self.stream.total_frames, self._sizes, self._noise))
         objective = Objective(
             self.model,
             self.loss,
-            self.stream.draw(self.plan.gradient_frames),
-            curvature,
+            self.stream.draw(sizes.gradient),
+            self.stream.sample(sizes.curvature, key=self.update) if sizes.curvature else None,
             autocast=torch.bfloat16 if self.plan.autocast else None,
             seed=hash((self.plan.seed, self.update)) % 2**31,
+            clock=_clock(next(self.model.parameters()).device),
         )
         value: Any = self.optimizer.step(objective)  # type: ignore[arg-type]
         if self.scheduler is not None:
             self.scheduler.step()
         self.update += 1
+        self.drawn += sizes.gradient
+        self._sizes, self._noise = sizes, objective.gradient_noise
         self.seconds += time.monotonic() - start
         self._check_finite("objective", float(value))
         self._objectives.append(float(value))
@@ -248,6 +268,9 @@ class Trainer:
             "scheduler": self.scheduler.state_dict() if self.scheduler else None,
             "stream": self.stream.state_dict(),
             "update": self.update,
+            "drawn": self.drawn,
+            "sizes": tuple(self._sizes) if self._sizes else None,
+            "noise": self._noise,
             "seconds": self.seconds,
             "best": self.best,
             "objectives": self._objectives,
@@ -265,8 +288,22 @@ class Trainer:
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         self.stream.load_state_dict(state["stream"])
-        self.update, self.seconds, self.best = state["update"], state["seconds"], state["best"]
+        self.update, self.drawn, self._noise = state["update"], state["drawn"], state["noise"]
+        self._sizes = Sizes(*state["sizes"]) if state["sizes"] else None
+        self.seconds, self.best = state["seconds"], state["best"]
         self._objectives = state["objectives"]
+
+
+def _clock(device: torch.device) -> Clock:
+    """Seconds; on an accelerator, those when its work so far was done."""
+    if device.type != "cuda":
+        return time.perf_counter
+
+    def read() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return read
 
 
 def _listed(scores: Mapping[str, float]) -> str:

@@ -22,10 +22,11 @@ from quadric.data.augment import SpecAugment
 from quadric.data.stream import FrameStream
 from quadric.loss.loss import CrossEntropy
 from quadric.model.acoustic import TDNN
+from quadric.optim.sampling import FixedSizes, GeometricSizes, VarianceTested
 from quadric.optim.second_order import hessian_free
 from quadric.train import checkpoint
+from quadric.train.method import FirstOrder
 from quadric.train.metrics import MetricsLog
-from quadric.train.recipe import FirstOrder
 from quadric.train.trainer import Diverged, Interrupted, Plan, Trainer, evaluate
 
 CLASSES = 5
@@ -45,9 +46,14 @@ def _lbfgs(model: nn.Module) -> Optimizer:
 
 
 METHODS = {
-    "adam": (_adam, Plan(epochs=4, gradient_frames=100, evaluations=5, seed=3)),
-    "lbfgs": (_lbfgs, Plan(epochs=4, gradient_frames=400, evaluations=5, seed=3)),
-    "hessian_free": (_hessian_free, Plan(epochs=4, gradient_frames=400, curvature_frames=150, evaluations=5, seed=3)),
+    "adam": (_adam, Plan(4, FixedSizes(100), evaluations=5, seed=3)),
+    "lbfgs": (_lbfgs, Plan(4, FixedSizes(400), evaluations=5, seed=3)),
+    "hessian_free": (_hessian_free, Plan(4, FixedSizes(400, 150), evaluations=5, seed=3)),
+    "hessian_free, growing": (_hessian_free, Plan(8, GeometricSizes(300, 100, 1.15, 1.15), evaluations=5, seed=3)),
+    "hessian_free, tested": (
+        _hessian_free,
+        Plan(8, VarianceTested(200, 0.4, theta=0.6, growth=1.3), evaluations=5, seed=3),
+    ),
 }
 
 
@@ -96,7 +102,7 @@ def _looked(folder: Path, utterances: int, dropout: float, seed: int = 3) -> _Lo
     model = _model(dropout)
     optimizer, stream = _Looking(model), _stream(0, utterances, chunk=None)
     frames = stream.total_frames
-    plan = Plan(epochs=4, gradient_frames=frames, curvature_frames=math.ceil(frames / 3), seed=seed)
+    plan = Plan(4, FixedSizes(frames, math.ceil(frames / 3)), seed=seed)
     Trainer(model, CrossEntropy(), optimizer, stream, None, plan, folder).fit()
     assert len(optimizer.values) == 4
     return optimizer
@@ -115,7 +121,7 @@ def _interrupting_at(update: int) -> Callable[..., Iterable[int]]:
 
 
 def _without_time(records: Iterable[dict]) -> list[dict]:
-    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+    return [{key: value for key, value in record.items() if not key.endswith("seconds")} for record in records]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -127,9 +133,23 @@ def test_training_learns_and_keeps_the_best(tmp_path: Path, method: str) -> None
     assert losses[0] == pytest.approx(before["loss"])
     assert best["loss"] == min(losses) < 0.6 * before["loss"]
     assert best["accuracy"] > 0.7
-    assert trainer.stream.epoch == pytest.approx(4, abs=0.2)
+    plan, last = trainer.plan, trainer.optimizer.diagnosis if method.startswith("hessian") else None
+    assert plan.epochs <= trainer.stream.epoch < plan.epochs + 1
+    assert last is None or (last.gradient_frames > 400) == ("," in method)
     trainer.model.load_state_dict(best["model"])
     assert evaluate(trainer.model, trainer.loss, trainer.held_out)["loss"] == pytest.approx(best["loss"])
+
+
+def test_the_log_tells_what_every_update_saw_and_where_its_time_went(tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path, "hessian_free, growing")
+    trainer.fit()
+    steps = MetricsLog(tmp_path / "metrics.jsonl").records()[1:]
+    assert [round(step["gradient_frames"] / 20) for step in steps[:3]] == [15, 18, 20]  # 300, 345, 397
+    assert [step["curvature_frames"] for step in steps[:3]] == [100, 120, 140]  # 100, 115, 132 in windows of 20
+    for i, step in enumerate(steps):
+        works = {name: step[f"{name}_seconds"] for name in ("gradient", "products", "evaluation", "solver")}
+        assert all(spent > 0 for spent in works.values())
+        assert sum(works.values()) <= step["seconds"] - (steps[i - 1]["seconds"] if i else 0.0)
 
 
 def test_an_optimiser_may_evaluate_its_closure_several_times(tmp_path: Path) -> None:
@@ -156,7 +176,7 @@ def test_resume_equals_no_interruption(tmp_path: Path, method: str) -> None:
     straight = _trainer(tmp_path / "straight", method)
     straight.fit()
     broken = _trainer(tmp_path / "broken", method)
-    middle = straight.updates // 2
+    middle = straight.update // 2
     with pytest.raises(Interrupted, match=f"update {middle + 1} of {straight.updates}"):
         broken.fit(progress=_interrupting_at(middle))
     assert 0 < broken.stream.epoch % 1 < 1  # in the middle of an epoch
@@ -185,7 +205,7 @@ def hanging(items, *, total, what):
     for item in items:
         if item == 3:
             quadric.train.trainer.CHECKPOINT_SECONDS = math.inf
-        if item == total // 2:
+        if item == int(sys.argv[4]):
             print("hanging", flush=True)
             time.sleep(600)
         yield item
@@ -197,9 +217,11 @@ _trainer(Path(sys.argv[2]), sys.argv[3]).fit(progress=hanging)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_killed_process_goes_on_from_its_checkpoint(tmp_path: Path, method: str) -> None:
     """It is killed in the middle, some updates behind its last checkpoint."""
+    straight = _trainer(tmp_path / "straight", method)
+    straight.fit()
     tests, killed = Path(__file__).parents[1], tmp_path / "killed"
     environment = {**os.environ, "PYTHONPATH": str(tests.parent)}
-    command = [sys.executable, "-c", KILLED, str(tests), str(killed), method]
+    command = [sys.executable, "-c", KILLED, str(tests), str(killed), method, str(straight.update // 2)]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "hanging\n"
@@ -209,9 +231,7 @@ def test_a_killed_process_goes_on_from_its_checkpoint(tmp_path: Path, method: st
     logged = MetricsLog(killed / "metrics.jsonl").records()[-1]["update"]
     assert checkpoint.load(killed / "state.pt")["update"] == 3 < logged < resumed.updates
     resumed.fit()
-    assert resumed.update == resumed.updates
-    straight = _trainer(tmp_path / "straight", method)
-    straight.fit()
+    assert resumed.update == straight.update
     for a, b in zip(straight.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(a, b)
     records = [MetricsLog(folder / "metrics.jsonl").records() for folder in (tmp_path / "straight", killed)]
@@ -227,10 +247,10 @@ def test_a_finished_training_is_not_repeated(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("option", ["epochs", "gradient_frames", "evaluations"])
+@pytest.mark.parametrize("option", ["epochs", "evaluations"])
 def test_plan_names_what_is_wrong(option: str) -> None:
     with pytest.raises(ValueError, match=f"{option}=0"):
-        Plan(**{"epochs": 1, "gradient_frames": 1, option: 0})
+        Plan(**{"epochs": 1, "sampler": FixedSizes(1), option: 0})
 
 
 @pytest.mark.parametrize("judged", [True, False])

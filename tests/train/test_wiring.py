@@ -24,6 +24,7 @@ from quadric.objective.curvature import Curvature
 from quadric.optim.damping import LevenbergMarquardt
 from quadric.optim.descent import NewtonCG
 from quadric.optim.precondition import LBFGS, FisherDiagonal
+from quadric.optim.sampling import FixedSizes, GeometricSizes, VarianceTested
 from quadric.optim.second_order import SecondOrder
 from quadric.progress import silent
 from quadric.recipes import digits
@@ -35,9 +36,10 @@ from quadric.speech.scoring import read_text
 from quadric.speech.topology import Tying, monophone
 from quadric.train import checkpoint, pipeline
 from quadric.train.flat_start import Aligned
+from quadric.train.method import NGHF, FirstOrder, HessianFree, Method, NaturalGradient
 from quadric.train.pipeline import Units
 from quadric.train.prepare import Prepared
-from quadric.train.recipe import NGHF, Decoding, FirstOrder, HessianFree, Job, Method, NaturalGradient, Network
+from quadric.train.recipe import Decoding, Job, Network
 from quadric.train.stages import Stages
 from quadric.train.system import Front
 from quadric.train.trainer import Plan, Trainer
@@ -60,6 +62,10 @@ HESSIAN_FREE = HessianFree(
     epochs=1.5,
     gradient_frames=90,
     curvature_frames=30,
+    sampling="geometric",
+    gradient_growth=1.1,
+    curvature_growth=1.5,
+    curvature_most=80,
     damping=0.3,
     max_steps=7,
     tolerance=0.01,
@@ -170,7 +176,7 @@ def test_a_training_is_given_all_it_is_told(tmp_path: Path, monkeypatch: pytest.
     }
     assert held_out == {"features": seen["dev"], "targets": units.dev, "context": (2, 1), "chunk": None}
 
-    plan = Plan(method.epochs, method.gradient_frames, method.curvature_frames, autocast=True, seed=11)
+    plan = Plan(method.epochs, method.sampler, autocast=True, seed=11)
     assert training["plan"] == plan and training["folder"] == folder and folder.name.startswith("a name-")
     assert isinstance(training["loss"], CrossEntropy) and training["schedule"] == method.schedule
     assert type(training["optimizer"]) is type(method.build(model.parameters()))
@@ -228,6 +234,10 @@ def test_a_hessian_free_optimiser_has_its_options() -> None:
     assert optimizer.descent == NewtonCG(ConjugateGradient(7, RelativeProgress(0.01), pairs=LBFGS().pairs), 0.4)
     assert optimizer.preconditioner == LBFGS()
     assert optimizer.rule == LevenbergMarquardt(0.3)
+    assert HESSIAN_FREE.sampler == GeometricSizes(90, 30, 1.1, 1.5, most=80)
+    assert replace(HESSIAN_FREE, sampling="variance").sampler == VarianceTested(90, share=1 / 3)
+    assert replace(HESSIAN_FREE, sampling="fixed").sampler == FixedSizes(90, 30)
+    assert FIRST_ORDER.sampler == FixedSizes(70)
     (group,) = optimizer.param_groups
     assert group["params"] == [parameter] and group["damping"] == 0.3
     other = torch.optim.SGD([parameter], lr=0.7)
@@ -241,14 +251,16 @@ def test_a_hessian_free_optimiser_has_its_options() -> None:
 
 @pytest.mark.parametrize("kind", [NaturalGradient, NGHF])
 def test_natural_methods_have_their_options(kind: type[NaturalGradient]) -> None:
-    method = kind(epochs=1.5, gradient_frames=90, curvature_frames=30, iterations=5, preconditioner="diagonal")
+    options = {"gradient_growth": 1.1, "curvature_growth": 1.5, "curvature_most": 80, "preconditioner": "diagonal"}
+    method = kind(epochs=1.5, gradient_frames=90, curvature_frames=30, sampling="variance", iterations=5, **options)
+    assert method.sampler == VarianceTested(90, share=1 / 3)
     assert all(getattr(method, name) != value for name, value in defaults(kind).items())
     chosen = replace(digits(), first_order=None, hessian_free=None, **{method.name: method})
     assert chosen.methods == {method.name: method}
     optimizer = method.build([nn.Parameter(torch.zeros(3))])
     assert isinstance(optimizer, SecondOrder) and optimizer.preconditioner == FisherDiagonal()
-    assert optimizer.descent.metric is (Curvature.EMPIRICAL_FISHER if kind is NGHF else None)
-    assert optimizer.descent.kind is (Curvature.GAUSS_NEWTON if kind is NGHF else Curvature.EMPIRICAL_FISHER)
+    assert optimizer.descent.metric is Curvature.EMPIRICAL_FISHER
+    assert optimizer.descent.kind is Curvature.GAUSS_NEWTON
     solvers = [getattr(optimizer.descent, name, None) for name in ("solver", "natural")]
     assert {solver.max_steps for solver in solvers if solver is not None} == {5}
 

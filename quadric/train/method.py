@@ -1,0 +1,261 @@
+"""The ways to train that a job may compare: frozen records of an optimiser's options and of its samples."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ConstantLR, LambdaLR, LRScheduler
+
+from quadric.optim.precondition import LBFGS, FisherDiagonal, Preconditioner, SharedCounts
+from quadric.optim.sampling import FixedSizes, GeometricSizes, Sampler, VarianceTested
+from quadric.optim.second_order import hessian_free, natural_gradient, nghf
+from quadric.train.rules import (
+    AT_LEAST_ONE,
+    NONE_OR_NOT_NEGATIVE,
+    NONE_OR_POSITIVE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    check,
+)
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """A way to train: an optimiser and how much data it sees.
+
+    Attributes:
+        epochs: passes over the training data.
+        gradient_frames: frames an update's gradient sees.
+    """
+
+    epochs: float = 8.0
+    gradient_frames: int = 2048
+
+    def __post_init__(self) -> None:
+        check(self, epochs=POSITIVE, gradient_frames=POSITIVE)
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Of the training, in lines, folders and reports."""
+
+    @abstractmethod
+    def build(self, params: Iterable[nn.Parameter]) -> Optimizer:
+        """The optimiser over ``params``."""
+
+    @property
+    def sampler(self) -> Sampler:
+        """How much data each update sees."""
+        return FixedSizes(self.gradient_frames)
+
+    def schedule(self, optimizer: Optimizer, updates: int) -> LRScheduler:
+        """How the learning rate goes over the run: by default it stays."""
+        return ConstantLR(optimizer, factor=1.0)
+
+
+@dataclass(frozen=True)
+class FirstOrder(Method):
+    """Training by any optimiser of torch on minibatches, with a warm-up and a cosine decay of its rate.
+
+    An update is ``optimizer.step(objective)``: one that evaluates its closure several times, such as LBFGS, does so on
+    one minibatch. The training has the name of the optimiser's class, in lower case.
+
+    Attributes:
+        epochs, gradient_frames: as in `Method`; ``gradient_frames`` is the minibatch.
+        optimizer: a class such as ``torch.optim.AdamW`` or ``torch.optim.SGD``.
+        lr: the highest learning rate.
+        weight_decay: as the optimiser means it; None: its own default.
+        arguments: whatever else it takes by name, such as ``{"momentum": 0.9}`` of SGD.
+        warmup: the share of the updates over which the rate rises from zero.
+        floor: the rate at the end, as a share of ``lr``.
+    """
+
+    optimizer: type[Optimizer] = torch.optim.AdamW
+    lr: float = 1e-3
+    weight_decay: float | None = None
+    arguments: dict[str, Any] = field(default_factory=dict, hash=False)
+    warmup: float = 0.05
+    floor: float = 0.02
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self, lr=POSITIVE, weight_decay=NONE_OR_NOT_NEGATIVE, warmup=SHARE, floor=SHARE)
+        if self.optimizer is not torch.optim.AdamW or self.arguments:  # the first optimiser takes torch seconds to make
+            self._try()
+
+    @property
+    def name(self) -> str:
+        return self.optimizer.__name__.lower()
+
+    def build(self, params: Iterable[nn.Parameter]) -> Optimizer:
+        decay: dict[str, Any] = {} if self.weight_decay is None else {"weight_decay": self.weight_decay}
+        return self.optimizer(params, lr=self.lr, **decay, **self.arguments)  # type: ignore[call-arg]
+
+    def _try(self) -> None:
+        """Refuses what the optimiser cannot be made with, and one that cannot train, by a step of a small layer."""
+        weight, bias = (nn.Parameter(torch.zeros(shape)) for shape in ((2, 2), (2,)))
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = (weight.sum(0) + bias - 1).square().sum()
+            loss.backward()
+            return loss
+
+        try:
+            optimizer = self.build([weight, bias])
+            optimizer.step(closure)  # type: ignore[arg-type]
+        except Exception as error:  # an optimiser may refuse in any way it likes
+            decay = "" if self.weight_decay is None else f", weight_decay={self.weight_decay}"
+            raise ValueError(
+                f"optimizer={self.optimizer.__name__}: cannot train with lr={self.lr}{decay}, "
+                f"arguments={self.arguments} ({error}): change these, or name another optimiser before them"
+            ) from error
+
+    def schedule(self, optimizer: Optimizer, updates: int) -> LRScheduler:
+        rising = max(1, round(self.warmup * updates))
+
+        def factor(update: int) -> float:
+            if update < rising:
+                return (update + 1) / rising
+            done = min(1.0, (update - rising) / max(1, updates - rising))
+            return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * done))
+
+        return LambdaLR(optimizer, factor)
+
+
+Preconditioning = Literal["none", "lbfgs", "diagonal", "shared_counts"]
+
+_PRECONDITIONERS: dict[Preconditioning, Preconditioner | None] = {
+    "none": None,
+    "lbfgs": LBFGS(),
+    "diagonal": FisherDiagonal(),
+    "shared_counts": SharedCounts(),
+}
+
+
+Sampling = Literal["fixed", "geometric", "variance"]
+
+
+@dataclass(frozen=True)
+class SecondOrderMethod(Method):
+    """Training on large samples, one for the gradient and one for the curvature.
+
+    Attributes:
+        epochs: as in `Method`.
+        gradient_frames, curvature_frames: of the two samples, in the first step where they grow. The curvature's is
+            drawn anew for every step from the whole set.
+        sampling: ``"fixed"``; ``"geometric"`` multiplies both in every step (Sainath et al., 2013); ``"variance"`` lets
+            the gradient's grow where its own variance asks for it (Byrd et al., 2012), the curvature's in proportion.
+        gradient_growth, curvature_growth: the factors of ``"geometric"``.
+        curvature_most: frames of the curvature's sample at most, where it grows geometrically.
+        preconditioner: of the conjugate gradients: by the pairs of the previous step's (``"lbfgs"``), by the Fisher
+            matrix's diagonal, or by the number of times a frame uses each parameter (``"shared_counts"``).
+    """
+
+    epochs: float = 8.0
+    gradient_frames: int = 200_000
+    curvature_frames: int = 20_000
+    sampling: Sampling = "fixed"
+    gradient_growth: float = 1.2
+    curvature_growth: float = 1.3
+    curvature_most: int | None = None
+    preconditioner: Preconditioning = "none"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self, curvature_frames=POSITIVE, gradient_growth=AT_LEAST_ONE, curvature_growth=AT_LEAST_ONE)
+        check(self, curvature_most=NONE_OR_POSITIVE)
+
+    @property
+    def sampler(self) -> Sampler:
+        gradient, curvature = self.gradient_frames, self.curvature_frames
+        if self.sampling == "geometric":
+            growth = (self.gradient_growth, self.curvature_growth)
+            return GeometricSizes(gradient, curvature, *growth, most=self.curvature_most)
+        if self.sampling == "variance":
+            return VarianceTested(gradient, share=min(1.0, curvature / gradient))
+        return FixedSizes(gradient, curvature)
+
+
+@dataclass(frozen=True)
+class HessianFree(SecondOrderMethod):
+    """Training by Hessian-free steps on large batches (Martens, 2010).
+
+    Attributes:
+        epochs, gradient_frames, curvature_frames, sampling, gradient_growth, curvature_growth, curvature_most,
+            preconditioner: as in `SecondOrderMethod`.
+        damping: the first lambda; it adapts.
+        max_steps: conjugate-gradient iterations a step at most.
+        tolerance: of the relative progress that ends them.
+        momentum: the share of the previous solution they start from.
+    """
+
+    damping: float = 1.0
+    max_steps: int = 50
+    tolerance: float = 5e-4
+    momentum: float = 0.95
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self, damping=POSITIVE, max_steps=POSITIVE, tolerance=NOT_NEGATIVE, momentum=SHARE)
+
+    @property
+    def name(self) -> str:
+        return "hessian_free"
+
+    def build(self, params: Iterable[nn.Parameter]) -> Optimizer:
+        return hessian_free(
+            params,
+            damping=self.damping,
+            max_steps=self.max_steps,
+            tolerance=self.tolerance,
+            momentum=self.momentum,
+            preconditioner=_PRECONDITIONERS[self.preconditioner],
+        )
+
+
+@dataclass(frozen=True)
+class NaturalGradient(SecondOrderMethod):
+    """Training by natural-gradient steps on large batches, with the empirical Fisher matrix (Haider, Woodland 2017).
+
+    The choice among the iterates is made on the curvature's sample as well.
+
+    Attributes:
+        epochs, gradient_frames, curvature_frames, sampling, gradient_growth, curvature_growth, curvature_most,
+            preconditioner: as in `SecondOrderMethod`.
+        iterations: of conjugate gradients.
+    """
+
+    iterations: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self, iterations=POSITIVE)
+
+    @property
+    def name(self) -> str:
+        return "natural_gradient"
+
+    def build(self, params: Iterable[nn.Parameter]) -> Optimizer:
+        preconditioner = _PRECONDITIONERS[self.preconditioner]
+        return natural_gradient(params, iterations=self.iterations, preconditioner=preconditioner)
+
+
+@dataclass(frozen=True)
+class NGHF(NaturalGradient):
+    """Training by natural gradient and Hessian-free combined (Haider et al., 2021): two runs of ``iterations`` each."""
+
+    @property
+    def name(self) -> str:
+        return "nghf"
+
+    def build(self, params: Iterable[nn.Parameter]) -> Optimizer:
+        return nghf(params, iterations=self.iterations, preconditioner=_PRECONDITIONERS[self.preconditioner])

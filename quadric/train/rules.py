@@ -1,0 +1,33 @@
+"""What the options of a job's records must be like, and the sentence that says so."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from quadric.data.stream import MICRO_FRAMES
+
+Rule = tuple[Callable[[Any], bool], str]
+POSITIVE: Rule = (lambda value: 0 < value < math.inf, "must be positive")
+NOT_NEGATIVE: Rule = (lambda value: 0 <= value < math.inf, "must not be negative")
+NONE_OR_NOT_NEGATIVE: Rule = (lambda value: value is None or 0 <= value < math.inf, "must not be negative")
+NONE_OR_POSITIVE: Rule = (lambda value: value is None or 0 < value < math.inf, "must be positive")
+AT_LEAST_ONE: Rule = (lambda value: 1 <= value < math.inf, "must be at least 1, which keeps the size")
+SHARE: Rule = (lambda value: 0 <= value <= 1, "must be between 0 and 1")
+WINDOW: Rule = (
+    lambda value: 1 <= value <= MICRO_FRAMES,
+    f"must be between 1 and {MICRO_FRAMES}, the frames of a micro-batch",
+)
+ALL_POSITIVE: Rule = (
+    lambda values: len(values) > 0 and all(0 < v < math.inf for v in values),
+    "needs positive values",
+)
+ALL_FINITE: Rule = (lambda values: len(values) > 0 and all(map(math.isfinite, values)), "needs finite values")
+
+
+def check(record: object, **rules: Rule) -> None:
+    """Raises ``ValueError`` for the first option that breaks its rule: before any work, not in the middle of it."""
+    for name, (holds, demand) in rules.items():
+        if not holds(getattr(record, name)):
+            raise ValueError(f"{name}={getattr(record, name)}: {demand}")
