@@ -104,6 +104,9 @@ class CurvatureOperator(LinearOperator):
         scale: ||theta||.
         communicator: of the ranks that hold the micro-batches.
         stopwatch: told the time of products.
+
+    Attributes:
+        scale: the length every v is given before a product; 0: v is taken as it is.
     """
 
     symmetric = True
@@ -120,7 +123,8 @@ class CurvatureOperator(LinearOperator):
         self.size = space.size
         self._space = space
         self._recorded = list(recorded)
-        self._weight, self._scale = weight, scale
+        self.scale = scale
+        self._weight = weight
         self._communicator = communicator
         self._stopwatch = stopwatch or Stopwatch()
 
@@ -130,7 +134,7 @@ class CurvatureOperator(LinearOperator):
 
     def _product(self, v: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
         norm = math.sqrt(dot(v, v))
-        factor = self._scale / norm if 0 < norm < math.inf and 0 < self._scale < math.inf else 1.0
+        factor = self.scale / norm if 0 < norm < math.inf and 0 < self.scale < math.inf else 1.0
         directions = self._space.split(v * factor)
         total = torch.zeros_like(v)
         for recorded in self._recorded:

@@ -358,6 +358,17 @@ def test_tiny_and_huge_directions_lose_nothing() -> None:
     assert not (operator @ torch.zeros_like(v)).any()
 
 
+def test_without_a_scale_directions_are_taken_as_they_are() -> None:
+    objective = Objective(NETS["tanh"]().float(), CrossEntropy(), [(x.float(), y) for x, y in batches(CrossEntropy())])
+    operator = objective.curvature(objective.space.point())
+    v, huge = draw(objective.space.size).sign().float(), 2.0**126
+    product = operator @ v
+    torch.testing.assert_close((operator @ (v * huge)) / huge, product, rtol=1e-5, atol=1e-7)
+    operator.scale = 0.0
+    torch.testing.assert_close(operator @ v, product, rtol=1e-5, atol=1e-7)
+    assert not (operator @ (v * huge)).isfinite().any()
+
+
 def test_curvature_that_a_loss_lacks_is_refused() -> None:
     class Bare(SquaredError):
         curvature, sample = Loss.curvature, Loss.sample
