@@ -15,7 +15,6 @@ import argparse
 import gzip
 import json
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common import Training
 from quadric.linalg.krylov import FlexibleCG
 from quadric.linalg.pairs import SpreadPairs
 from quadric.linalg.truncation import RelativeProgress
@@ -33,7 +33,7 @@ from quadric.objective.objective import Objective
 from quadric.optim.damping import LevenbergMarquardt
 from quadric.optim.descent import NewtonCG
 from quadric.optim.precondition import LBFGS, FisherDiagonal, Preconditioner
-from quadric.optim.sampling import FixedSizes, GeometricSizes, Sampler, Seen, Sizes
+from quadric.optim.sampling import FixedSizes, GeometricSizes, Sampler, Sizes
 from quadric.optim.search import Backtracking
 from quadric.optim.second_order import SecondOrder, hessian_free, nghf
 
@@ -143,34 +143,28 @@ def train(name: str, data: Tensor, held_out: Tensor, chosen: argparse.Namespace)
     method = METHODS[name]
     model = network(narrow=chosen.narrow)
     optimizer, draws = method.build(model), Draws(data)
-    updates = products = 0
-    seconds, touched = 0.0, 0.0
-    last: Sizes | None = None
-    noise, reached = math.nan, None
+
+    def objective(sizes: Sizes, update: int) -> Objective:
+        curvature = micro_batches(draws.sample(sizes.curvature)) if isinstance(optimizer, SecondOrder) else None
+        return Objective(model, Bernoulli(), micro_batches(draws.draw(sizes.gradient)), curvature, seed=update)
+
+    training = Training(optimizer, method.sampler, len(data), objective)
+    cost, reached = training.cost, None
     next_look, curve = 0.0, []
     while True:
-        if seconds >= next_look:
+        if cost.seconds >= next_look:
             loss = held_out_loss(model, held_out)
-            curve.append((round(seconds, 2), updates, round(loss, 3)))
-            next_look = seconds if isinstance(optimizer, SecondOrder) else seconds + 1.0
+            curve.append((round(cost.seconds, 2), cost.updates, round(loss, 3)))
+            next_look = cost.seconds if isinstance(optimizer, SecondOrder) else cost.seconds + 1.0
             if reached is None and loss <= chosen.target:
-                reached = {"seconds": seconds, "updates": updates, "products": products, "images": touched / 1e6}
-            if seconds >= chosen.seconds or not math.isfinite(loss) or (reached and chosen.stop):
+                reached = {
+                    "seconds": cost.seconds, "updates": cost.updates, "products": cost.products,
+                    "images": cost.touched / 1e6,
+                }  # fmt: skip
+            if cost.seconds >= chosen.seconds or not math.isfinite(loss) or (reached and chosen.stop):
                 break
-        start = time.perf_counter()
-        last = method.sampler.sizes(Seen(updates, len(data), last, noise))
-        curvature = micro_batches(draws.sample(last.curvature)) if isinstance(optimizer, SecondOrder) else None
-        objective = Objective(model, Bernoulli(), micro_batches(draws.draw(last.gradient)), curvature, seed=updates)
-        optimizer.step(objective)  # type: ignore[arg-type]
-        updates += 1
-        touched += last.gradient
-        if isinstance(optimizer, SecondOrder) and optimizer.diagnosis is not None:
-            noise, found = objective.gradient_noise, optimizer.diagnosis
-            products += found.products
-            on = last.gradient if optimizer.search.on.value == "gradient" else last.curvature
-            touched += found.products * last.curvature + found.evaluations * on / 3
-        seconds += time.perf_counter() - start
-    return {"method": name, "reached": reached, "final_loss": loss, "updates": updates, "curve": curve}
+        training.update()
+    return {"method": name, "reached": reached, "final_loss": loss, "updates": cost.updates, "curve": curve}
 
 
 def main() -> None:

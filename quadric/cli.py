@@ -163,7 +163,7 @@ def _recipes() -> str:
     return "\n".join(lines)
 
 
-def _job(name: str, assignments: Sequence[str]) -> Job:
+def make_job(name: str, assignments: Sequence[str]) -> Job:
     """The recipe's job: assignments to its arguments are passed, the others override the job's options."""
     recipe: Callable[..., Job] = next(recipe for recipe in RECIPES if recipe.__name__ == name)
     parameters = inspect.signature(recipe, eval_str=True).parameters
@@ -197,7 +197,7 @@ def _check_names(recipe: str, overrides: Sequence[str], arguments: Sequence[str]
 
 
 def _train(chosen: argparse.Namespace) -> None:
-    job = _job(chosen.recipe, chosen.overrides)
+    job = make_job(chosen.recipe, chosen.overrides)
     if chosen.options:
         for path, value in options(job):
             print(f"{path}={_written(value)}")

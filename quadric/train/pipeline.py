@@ -78,10 +78,10 @@ def _run(job: Job, work: Path, progress: Progress) -> Result:
     stages = Stages(work)
     prepared = prepare(job, stages, progress)
     aligned = flat_start(job, prepared, stages, progress)
-    units = _units(job, prepared, aligned, stages, progress)
+    units = choose_units(job, prepared, aligned, stages, progress)
     if job.realign is not None:
         aligned = _realigned(job, job.realign, prepared, aligned, units, stages, progress)
-        units = _units(job, prepared, aligned, stages, progress)
+        units = choose_units(job, prepared, aligned, stages, progress)
     folders = {}
     for name, method in job.methods.items():
         folder = _trained(job, name, method, prepared, units, stages, progress)
@@ -107,7 +107,7 @@ def _run(job: Job, work: Path, progress: Progress) -> Result:
     return Result(tuple(lines), page)
 
 
-def _units(job: Job, prepared: Prepared, aligned: Aligned, stages: Stages, progress: Progress) -> Units:
+def choose_units(job: Job, prepared: Prepared, aligned: Aligned, stages: Stages, progress: Progress) -> Units:
     """Monophone states, or triphone states tied by a tree; and the graph over them."""
     tying, train, dev = aligned.tying, aligned.train, aligned.dev
     if job.tree is not None:
