@@ -66,7 +66,7 @@ class Fixed(Damping):
 
 @dataclass(frozen=True)
 class AfterRejection(Damping):
-    """None until a step fails; then from ``start`` up by ``boost`` while steps do, and down by ``drop`` to none.
+    """``initial`` until a step fails; then from ``start`` up by ``boost`` while steps do, and down by ``drop`` again.
 
     A step fails that is rejected, or taken only in part. For methods that are undamped in their papers: on new data a
     rejected step may be left at that, on the same data it would be proposed for ever.
@@ -78,6 +78,8 @@ class AfterRejection(Damping):
     initial: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.initial < math.inf:
+            raise ValueError(f"initial={self.initial}: give 0 for no damping, or a positive lambda")
         if not self.start > 0 or not self.boost > 1 > self.drop > 0:
             raise ValueError(
                 f"start={self.start}, boost={self.boost}, drop={self.drop}: need start > 0 and boost > 1 > drop > 0"
@@ -86,4 +88,4 @@ class AfterRejection(Damping):
     def update(self, value: float, ratio: float, *, whole: bool = True) -> float:
         if math.isnan(ratio) or ratio == -math.inf or not whole:
             return max(value * self.boost, self.start)
-        return value * self.drop if value * self.drop >= self.start else 0.0
+        return value * self.drop if value * self.drop >= max(self.start, self.initial) else self.initial

@@ -329,7 +329,8 @@ def natural_gradient(
         params: the model's parameters.
         iterations: of conjugate gradients.
         metric: F.
-        damping: the rule of lambda; default: none, as in the papers, until a step is rejected.
+        damping: the rule of lambda, a share of the curvature (see `NaturalGradient`); default: none, as in the papers,
+            until a step fails.
         search: among the iterates; default: the best on the curvature's data.
         preconditioner: of the conjugate gradients.
     """
@@ -358,7 +359,8 @@ def nghf(
         params: the model's parameters.
         iterations: of either run; 5 to 8 in the paper.
         metric: F of the first run.
-        damping: the rule of lambda in either run; default: none, as in the paper, until a step is rejected.
+        damping: the rule of lambda in either run, a share of the curvature (see `NGHF`); default: a hundredth, more
+            where a step fails. The paper's is ``Fixed(0.0)``: as good from a trained start, slower from a random one.
         search: among the second run's iterates; default: the best on the curvature's data.
         preconditioner: of both runs.
     """
@@ -368,7 +370,7 @@ def nghf(
         params,
         descent=NGHF(first, second, metric=metric),
         search=search or BestIterate(),
-        damping=damping or AfterRejection(),
+        damping=damping or AfterRejection(initial=0.01),
         preconditioner=preconditioner,
     )
 
