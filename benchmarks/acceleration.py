@@ -8,7 +8,8 @@ there, or for `--seconds`. After every update the held-out frames are looked at,
 
 plain: all the frames for the gradient, a fixed number for the curvature, drawn anew for every update; conjugate
 gradients with Martens' truncation; Levenberg-Marquardt damping. lbfgs: preconditioned by pairs of the solve before,
-spread over it (lbfgs-last: its last ones). flexible: the same in flexible conjugate gradients. geometric: samples start
+spread over it (lbfgs-last: its last ones). flexible: by those and the present solve's, as they come, in flexible
+conjugate gradients. geometric: samples start
 at `--first-gradient` and `--first-curvature` and grow by fixed factors, the curvature's up to `--curvature`. variance:
 the gradient's sample starts at `--first-gradient` and grows when the variance between its micro-batches says so, the
 curvature's in proportion.
@@ -24,7 +25,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -32,7 +33,6 @@ from torch import nn
 
 from common import Table, Training
 from frames import Speech, add_speech_options, load_speech
-from quadric.linalg.krylov import FlexibleCG
 from quadric.linalg.pairs import LastPairs, PairSelection, SpreadPairs
 from quadric.optim.precondition import LBFGS
 from quadric.optim.sampling import FixedSizes, GeometricSizes, Sampler, VarianceTested
@@ -79,15 +79,8 @@ class Method:
     sampler: Callable[[Speech, argparse.Namespace], Sampler] = fixed
 
     def optimizer(self, params: Iterable[nn.Parameter], chosen: argparse.Namespace) -> SecondOrder:
-        preconditioner = None if self.pairs is None else LBFGS(self.pairs(chosen.pairs))
-        made = hessian_free(
-            params, damping=chosen.damping, max_steps=chosen.max_steps, preconditioner=preconditioner
-        )  # fmt: skip
-        if self.flexible:
-            plain = made.descent.solver
-            solver = FlexibleCG(plain.max_steps, plain.stop, plain.storage_ratio, plain.pairs)
-            made.descent = replace(made.descent, solver=solver)
-        return made
+        preconditioner = None if self.pairs is None else LBFGS(self.pairs(chosen.pairs), self.flexible)
+        return hessian_free(params, damping=chosen.damping, max_steps=chosen.max_steps, preconditioner=preconditioner)
 
 
 METHODS: dict[str, Method] = {

@@ -14,9 +14,14 @@ from quadric.optim.descent import LocalModel
 
 
 class Preconditioner(ABC):
-    """Gives the inverse of a preconditioner for every step; ``pairs`` says what it wants of the solve before."""
+    """Gives the inverse of a preconditioner for every step.
+
+    ``pairs`` says what it wants of the solve before; ``changes`` whether its inverse changes within a solve: the solver
+    must then be a `FlexibleCG`.
+    """
 
     pairs: PairSelection | None = None
+    changes: bool = False
 
     @abstractmethod
     def operator(
@@ -40,14 +45,19 @@ class LBFGS(Preconditioner):
 
     Attributes:
         pairs: which of them.
+        changes: take those of the solve under way as well, as they come: for flexible conjugate gradients.
     """
 
     pairs: PairSelection = field(default_factory=LastPairs)
+    changes: bool = False
 
     def operator(
         self, objective: Objective, local: LocalModel, pairs: tuple[Pair, ...], damping: float
     ) -> LinearOperator | ChangingInverse | None:
-        return LBFGSInverse(pairs, objective.space.size) if pairs else None
+        size = objective.space.size
+        if self.changes:
+            return lambda step, new: LBFGSInverse((*pairs, *new), size)
+        return LBFGSInverse(pairs, size) if pairs else None
 
 
 @dataclass(frozen=True)

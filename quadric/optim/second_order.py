@@ -16,11 +16,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from quadric.linalg.krylov import ConjugateGradient
+from quadric.linalg.krylov import ConjugateGradient, FlexibleCG
 from quadric.linalg.operator import Identity, LinearOperator
-from quadric.linalg.pairs import Pair, PairSelection
-from quadric.linalg.solver import Path
-from quadric.linalg.truncation import FixedIterations, RelativeProgress
+from quadric.linalg.pairs import Pair
+from quadric.linalg.solver import KrylovSolver, Path
+from quadric.linalg.truncation import FixedIterations, RelativeProgress, Truncation
 from quadric.linalg.vector import dot
 from quadric.objective.curvature import Curvature
 from quadric.objective.objective import Data, Objective
@@ -304,7 +304,7 @@ def hessian_free(
     >>> bool(torch.allclose(model.weight, torch.ones(1, 2), atol=1e-3))
     True
     """
-    solver = ConjugateGradient(max_steps, RelativeProgress(tolerance), pairs=_pairs_of(preconditioner))
+    solver = _solver(preconditioner, max_steps, RelativeProgress(tolerance))
     return SecondOrder(
         params,
         descent=NewtonCG(solver, momentum),
@@ -334,7 +334,7 @@ def natural_gradient(
         search: among the iterates; default: the best on the curvature's data.
         preconditioner: of the conjugate gradients.
     """
-    solver = ConjugateGradient(iterations, FixedIterations(iterations), EVERY_ITERATE, _pairs_of(preconditioner))
+    solver = _solver(preconditioner, iterations, FixedIterations(iterations), storage_ratio=EVERY_ITERATE)
     return SecondOrder(
         params,
         descent=NaturalGradient(solver, metric),
@@ -364,8 +364,8 @@ def nghf(
         search: among the second run's iterates; default: the best on the curvature's data.
         preconditioner: of both runs.
     """
-    first = ConjugateGradient(iterations, FixedIterations(iterations))
-    second = replace(first, storage_ratio=EVERY_ITERATE, pairs=_pairs_of(preconditioner))
+    second = _solver(preconditioner, iterations, FixedIterations(iterations), storage_ratio=EVERY_ITERATE)
+    first = replace(second, storage_ratio=1.3, pairs=None)  # its last iterate is what is handed on
     return SecondOrder(
         params,
         descent=NGHF(first, second, metric=metric),
@@ -375,5 +375,11 @@ def nghf(
     )
 
 
-def _pairs_of(preconditioner: Preconditioner | None) -> PairSelection | None:
-    return None if preconditioner is None else preconditioner.pairs
+def _solver(
+    preconditioner: Preconditioner | None, max_steps: int, stop: Truncation, storage_ratio: float = 1.3
+) -> KrylovSolver:
+    """Conjugate gradients as the preconditioner needs them."""
+    if preconditioner is None:
+        return ConjugateGradient(max_steps, stop, storage_ratio)
+    kind = FlexibleCG if preconditioner.changes else ConjugateGradient
+    return kind(max_steps, stop, storage_ratio, preconditioner.pairs)

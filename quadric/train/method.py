@@ -131,11 +131,12 @@ class FirstOrder(Method):
         return LambdaLR(optimizer, factor)
 
 
-Preconditioning = Literal["none", "lbfgs", "diagonal", "shared_counts"]
+Preconditioning = Literal["none", "lbfgs", "flexible_lbfgs", "diagonal", "shared_counts"]
 
 _PRECONDITIONERS: dict[Preconditioning, Preconditioner | None] = {
     "none": None,
     "lbfgs": LBFGS(),
+    "flexible_lbfgs": LBFGS(changes=True),
     "diagonal": FisherDiagonal(),
     "shared_counts": SharedCounts(),
 }
@@ -156,8 +157,9 @@ class SecondOrderMethod(Method):
             the gradient's grow where its own variance asks for it (Byrd et al., 2012), the curvature's in proportion.
         gradient_growth, curvature_growth: the factors of ``"geometric"``.
         curvature_most: frames of the curvature's sample at most, where it grows geometrically.
-        preconditioner: of the conjugate gradients: by the pairs of the previous step's (``"lbfgs"``), by the Fisher
-            matrix's diagonal, or by the number of times a frame uses each parameter (``"shared_counts"``).
+        preconditioner: of the conjugate gradients: by the pairs of the previous step's (``"lbfgs"``), by their own as
+            well (``"flexible_lbfgs"``), by the Fisher matrix's diagonal, or by the number of times a frame uses each
+            parameter (``"shared_counts"``).
     """
 
     epochs: float = 8.0

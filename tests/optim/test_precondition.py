@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import cases
 from cases import draw, padded_classes
-from quadric.linalg.krylov import ConjugateGradient
+from quadric.linalg.krylov import ConjugateGradient, FlexibleCG
 from quadric.linalg.operator import LinearOperator
 from quadric.linalg.pairs import Pair
 from quadric.linalg.truncation import Residual
@@ -17,7 +17,8 @@ from quadric.model.acoustic import TDNN
 from quadric.objective.curvature import Curvature
 from quadric.objective.objective import Objective
 from quadric.optim.descent import LocalModel
-from quadric.optim.precondition import FisherDiagonal, Preconditioner, SharedCounts
+from quadric.optim.precondition import LBFGS, FisherDiagonal, Preconditioner, SharedCounts
+from quadric.optim.second_order import hessian_free, natural_gradient, nghf
 from reference import dense
 
 
@@ -42,6 +43,34 @@ def test_every_inverse_is_symmetric_and_positive_definite(build: type[Preconditi
     matrix = dense.matrix_of(inverse)
     torch.testing.assert_close(matrix, matrix.T)
     assert float(torch.linalg.eigvalsh(matrix).min()) > 0
+
+
+def test_pairs_of_the_solve_under_way_join_those_before() -> None:
+    objective = problem()
+    model = local(objective)
+    s = draw(3, len(model.theta))
+    pairs = tuple(Pair(i + 1, v, model.curvature @ v) for i, v in enumerate(s))
+    changing = LBFGS(changes=True).operator(objective, model, pairs[:1], 0.1)
+    assert callable(changing)
+    for new in ((), pairs[1:2], pairs[1:]):
+        inverse = changing(len(new), new)
+        last = (*pairs[:1], *new)[-1]
+        assert len(inverse.pairs) == 1 + len(new)
+        torch.testing.assert_close(inverse @ last.y, last.s)
+
+
+def test_a_changing_preconditioner_is_given_a_flexible_solver() -> None:
+    for build in (hessian_free, natural_gradient, nghf):
+        for preconditioner, kind in ((LBFGS(), ConjugateGradient), (LBFGS(changes=True), FlexibleCG)):
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+            objective = Objective(model, CrossEntropy(), [(draw(4, 9, 3), padded_classes(9, 4, [9, 7, 8, 9]))])
+            optimiser = build(model.parameters(), preconditioner=preconditioner)
+            assert isinstance(optimiser.descent.solver, kind) and optimiser.descent.solver.pairs == preconditioner.pairs
+            before = objective.value(objective.space.point())
+            for _ in range(3):
+                optimiser.step(objective)
+            assert objective.value(objective.space.point()) < before
 
 
 def test_the_diagonal_is_the_mean_square_of_the_frames_gradients() -> None:
