@@ -12,12 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 from quadric.objective.objective import Data, Objective
 from quadric.optim.sampling import Sampler, Seen, Sizes
 from quadric.optim.second_order import SecondOrder
 from quadric.outcome import Outcome
+
+
+def now() -> float:
+    """Seconds, read when all work given to a GPU is done."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 @dataclass
@@ -58,15 +66,16 @@ class Training:
         self.optimizer, self.sampler, self.total, self.objective = optimizer, sampler, total, objective
         self.cost = Cost()
         self._seen = Seen(0, total)
+        self._gradients = 0
 
     def update(self) -> None:
         """One step on new data."""
-        start, cost = time.perf_counter(), self.cost
+        start, cost = now(), self.cost
         sizes = self.sampler.sizes(self._seen)
         objective = self.objective(sizes, cost.updates)
         self.optimizer.step(objective)  # type: ignore[arg-type]
         cost.updates += 1
-        cost.touched += objective.frames
+        cost.touched += self._new_gradients() * objective.frames
         self._seen = Seen(cost.updates, self.total, sizes, objective.gradient_noise)
         if isinstance(self.optimizer, SecondOrder) and (found := self.optimizer.diagnosis):
             judged = objective.frames if self.optimizer.search.on is Data.GRADIENT else objective.curvature_frames
@@ -74,7 +83,15 @@ class Training:
             cost.solver_steps += found.solver_steps
             cost.products += found.products
             cost.touched += found.products * objective.curvature_frames + found.evaluations * judged / 3
-        cost.seconds += time.perf_counter() - start
+        cost.seconds += now() - start
+
+    def _new_gradients(self) -> int:
+        """How many the last update took: one, but for torch's L-BFGS, which counts its own."""
+        if not isinstance(self.optimizer, torch.optim.LBFGS):
+            return 1
+        before, first = self._gradients, self.optimizer.param_groups[0]["params"][0]
+        self._gradients = self.optimizer.state[first]["func_evals"]
+        return self._gradients - before
 
 
 class Table:
