@@ -10,8 +10,9 @@ order of the ranks and passes the result on.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import takewhile
 from typing import Any
@@ -25,6 +26,9 @@ from quadric.comm.communicator import Communicator, Solo
 TIMEOUT = 120.0
 """Seconds a collective waits for the other ranks: more than the slowest rank's micro-batches take, and no more."""
 
+_PATIENCE = timedelta(days=365)
+_GLANCE = 0.02  # seconds between looks at whether rank 0 is done: in between, a signal can end the wait
+_SAID = 1000  # bytes of a message from rank 0
 _SHOWN = 120
 
 
@@ -35,8 +39,9 @@ class Collective(Communicator):
     most restarts of a job fail (pytorch issue 135712).
 
     One rank that dies ends the collectives of all others with an error, one that falls silent does so after
-    ``timeout``. From then on this object refuses everything: a survivor may have finished the sum in which another
-    failed, so the survivors no longer know what the others hold.
+    ``timeout``, except in `first`: there rank 0 is waited for in a group of its own that knows no timeout. From then
+    on this object refuses everything: a survivor may have finished the sum in which another failed, so the survivors
+    no longer know what the others hold.
 
     Tensors of other sizes on other ranks cannot be told apart from a damaged connection: gloo ends the process.
     `agree` on sizes first where they may differ.
@@ -95,7 +100,10 @@ class Collective(Communicator):
         self._timeout = timedelta(seconds=timeout)
         try:
             dist.init_process_group(backend, timeout=self._timeout, **place)
+            self._patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
         except RuntimeError as error:
+            if dist.is_initialized():
+                dist.destroy_process_group()
             raise RuntimeError(
                 f"joining the job failed: not all ranks came within {timeout:g} s, or they cannot reach each other "
                 f"({_first_line(error)}); check that all were started with the same meeting place and size"
@@ -112,7 +120,7 @@ class Collective(Communicator):
         groups = [[t for t in tensors if (t.dtype, t.device) == kind and t.numel()] for kind in kinds]
         groups = [group for group in groups if group]
         buckets = [torch.cat([t.reshape(-1) for t in group]) for group in groups]
-        with self._operation("a sum", *buckets):
+        with self.operation("a sum", *buckets):
             works = [dist.all_reduce(bucket, async_op=True) for bucket in buckets]
             for work in works:
                 self._finish(work)
@@ -125,7 +133,7 @@ class Collective(Communicator):
     def broadcast_(self, tensor: Tensor, source: int = 0) -> None:
         self._check_source(source)
         copy = tensor.detach().clone(memory_format=torch.contiguous_format)
-        with self._operation("a broadcast", *([copy] if self.rank == source else [])):
+        with self.operation("a broadcast", *([copy] if self.rank == source else [])):
             self._finish(dist.broadcast(copy, source, async_op=True))
         tensor.copy_(copy)
 
@@ -139,6 +147,37 @@ class Collective(Communicator):
         same = sum(1 for _ in takewhile(lambda c: len(set(c)) == 1, zip(*texts, strict=False)))
         raise ValueError(f"the ranks disagree on {what}: {_listed(texts, same)}; start them all alike")
 
+    def gather(self, what: str, text: str) -> list[str]:
+        message = text.encode()
+        lengths = [int.from_bytes(length, "big") for length in self._gather(what, len(message).to_bytes(8, "big"))]
+        messages = self._gather(what, message.ljust(max(1, *lengths), b"\0"))
+        return [m[:length].decode() for m, length in zip(messages, lengths, strict=True)]
+
+    def first(self, what: str, work: Callable[[], None]) -> None:
+        if self.rank:
+            said = self._from_first(what)
+            if said:
+                raise RuntimeError(f"{what}, which rank 0 does for all, failed there: {said}")
+            return
+        self._check_not_lost(what)
+        try:
+            work()
+        except BaseException as error:
+            with suppress(RuntimeError):
+                self._from_first(what, str(error) or type(error).__name__)
+            raise
+        self._from_first(what)
+
+    def _from_first(self, what: str, text: str = "") -> str:
+        """What rank 0 says; ``text`` is used there alone."""
+        message = torch.frombuffer(bytearray(text.encode()[:_SAID].ljust(_SAID, b"\0")), dtype=torch.uint8)
+        with self.operation(what):
+            work = dist.broadcast(message, 0, group=self._patient, async_op=True)
+            while not work.is_completed():
+                threading.Event().wait(_GLANCE)
+            work.wait()
+        return message.numpy().tobytes().rstrip(b"\0").decode(errors="ignore")
+
     def close(self) -> None:
         if not self._closed:
             self._closed, self._lost = True, "the job was left"
@@ -148,7 +187,7 @@ class Collective(Communicator):
         """The messages, of one length, of all ranks."""
         own = torch.frombuffer(bytearray(message), dtype=torch.uint8).to(self._device)
         all_ = [torch.empty_like(own) for _ in range(self.size)]
-        with self._operation(f"the agreement on {what}"):
+        with self.operation(f"the agreement on {what}"):
             self._finish(dist.all_gather(all_, own, async_op=True))
         return [bytes(message.cpu().numpy()) for message in all_]
 
@@ -156,10 +195,20 @@ class Collective(Communicator):
         # With a timeout NCCL too blocks and raises; without, an error shows after the result has been used.
         work.wait(self._timeout)
 
-    @contextmanager
-    def _operation(self, what: str, *sent: Tensor) -> Iterator[None]:
+    def _check_not_lost(self, what: str) -> None:
         if self._lost:
             raise RuntimeError(f"{what} on rank {self.rank} of {self.size}: impossible since {self._lost}")
+
+    @contextmanager
+    def operation(self, what: str, *sent: Tensor) -> Iterator[None]:
+        """Around what the ranks do together: a ``RuntimeError`` of it means that they are lost to each other.
+
+        For calls of torch.distributed that this class does not have; ``sent`` is counted in ``bytes_sent``.
+
+        Raises:
+            RuntimeError: it failed, or an operation before it did.
+        """
+        self._check_not_lost(what)
         try:
             yield
         except RuntimeError as error:

@@ -7,6 +7,7 @@ the same methods in the same order.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from types import TracebackType
 
 from torch import Tensor
@@ -62,6 +63,22 @@ class Communicator(ABC):
         """
 
     @abstractmethod
+    def gather(self, what: str, text: str) -> list[str]:
+        """The texts of all ranks, in their order; ``what`` they are about is named in errors.
+
+        Raises:
+            RuntimeError: another rank died or fell silent.
+        """
+
+    @abstractmethod
+    def first(self, what: str, work: Callable[[], None]) -> None:
+        """Has rank 0 do ``work`` while the others wait, as long as it takes.
+
+        Raises:
+            RuntimeError: rank 0 died, or its work failed; there, the error of the work itself is raised.
+        """
+
+    @abstractmethod
     def close(self) -> None:
         """Leaves the job. Nothing can be said to others afterwards."""
 
@@ -99,6 +116,12 @@ class Solo(Communicator):
     def agree(self, what: str, value: object) -> None:
         pass
 
+    def gather(self, what: str, text: str) -> list[str]:
+        return [text]
+
+    def first(self, what: str, work: Callable[[], None]) -> None:
+        work()
+
     def close(self) -> None:
         pass
 
@@ -130,6 +153,14 @@ class Timed(Communicator):
     def agree(self, what: str, value: object) -> None:
         with self._stopwatch.on("communication"):
             self._communicator.agree(what, value)
+
+    def gather(self, what: str, text: str) -> list[str]:
+        with self._stopwatch.on("communication"):
+            return self._communicator.gather(what, text)
+
+    def first(self, what: str, work: Callable[[], None]) -> None:
+        with self._stopwatch.on("communication"):
+            self._communicator.first(what, work)
 
     def close(self) -> None:
         self._communicator.close()

@@ -34,6 +34,18 @@ def test_one_rank_agrees_with_itself(alone: Communicator) -> None:
         alone.agree("this", value)
 
 
+def test_one_rank_is_the_first_and_hears_itself(alone: Communicator) -> None:
+    done: list[int] = []
+    alone.first("this", lambda: done.append(1))
+    assert done == [1] and alone.gather("this", "said") == ["said"] and alone.gather("this", "") == [""]
+
+    def fail() -> None:
+        raise KeyError("absent")
+
+    with pytest.raises(KeyError, match="absent"):
+        alone.first("this", fail)
+
+
 @pytest.mark.parametrize("source", [-1, 1])
 def test_a_source_that_is_no_rank_is_refused(alone: Communicator, source: int) -> None:
     with pytest.raises(ValueError, match=rf"source={source}: the ranks are 0 to 0"):

@@ -58,6 +58,38 @@ def test_agreement_is_silent(tmp_path: Path) -> None:
     assert run(tmp_path, 3, ranks.agrees, [float("nan")] * 3) == [None] * 3
 
 
+def test_each_rank_hears_what_all_say(tmp_path: Path) -> None:
+    for texts in (["a", "", "ä\0ö\0"], ["", "", ""]):
+        assert run(tmp_path, 3, ranks.says, texts) == [texts] * 3
+
+
+def test_all_wait_for_the_first_as_long_as_it_takes(tmp_path: Path) -> None:
+    (tmp_path / "made").mkdir()
+    for seen, said, seconds, total in run(
+        tmp_path, 3, ranks.waits_for_first, tmp_path / "made", "works", timeout=ranks.PATIENCE
+    ):
+        assert (seen, said, total) == (["0"], "", 3.0) and seconds > ranks.PATIENCE + 0.9
+
+
+def test_what_fails_on_the_first_is_told_to_all(tmp_path: Path) -> None:
+    (tmp_path / "made").mkdir()
+    own, *others = run(tmp_path, 3, ranks.waits_for_first, tmp_path / "made", "fails", timeout=ranks.PATIENCE)
+    assert own[:2] == ([], "ValueError: the disk is on fire") and own[3] == 3.0
+    for seen, said, _, total in others:
+        assert said == "RuntimeError: the work, which rank 0 does for all, failed there: the disk is on fire"
+        assert (seen, total) == ([], 3.0)
+
+
+def test_who_waits_for_the_first_learns_at_once_that_it_died(tmp_path: Path) -> None:
+    (tmp_path / "made").mkdir()
+    results = run(tmp_path, 4, ranks.waits_for_first, tmp_path / "made", "dies")
+    assert results[0] is Killed
+    for rank in (1, 2, 3):
+        seen, said, seconds, _ = results[rank]
+        assert said.startswith(f"RuntimeError: the work on rank {rank} of 4 failed: another rank died")
+        assert seen == [] and seconds < ranks.PATIENCE + 6
+
+
 def test_a_rank_killed_within_a_sum_leaves_every_tensor_as_it_was(tmp_path: Path) -> None:
     results = run(tmp_path, 3, ranks.dies_while_summing)
     assert results[1] is Killed

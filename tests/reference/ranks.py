@@ -26,7 +26,7 @@ PATIENCE = 2.0
 
 
 # Not the jobs themselves: before Python 3.13 the server does not look in ``tests``, and says nothing of it.
-PRELOADED = ["quadric.comm.collective", "quadric.data.stream", "quadric.optim.second_order"]
+PRELOADED = ["quadric.comm.checkpoint", "quadric.data.stream", "quadric.optim.second_order"]
 
 
 class Killed:
@@ -152,3 +152,32 @@ def falls_silent(communicator: Communicator) -> tuple[str, float, float] | None:
     except RuntimeError as error:
         return str(error), float(number), time.monotonic() - start
     raise AssertionError("the sum of a silent rank came to an end")
+
+
+def says(communicator: Communicator, texts: list[str]) -> list[str]:
+    return communicator.gather("it", texts[communicator.rank])
+
+
+def waits_for_first(communicator: Communicator, folder: Path, how: str) -> tuple[list[str], str, float, float]:
+    """Rank 0 works for longer than a collective may take, and then writes a file, raises or dies.
+
+    What the rank sees of the folder after that, what it is told, how long it waited, and a sum.
+    """
+
+    def work() -> None:
+        time.sleep(PATIENCE + 1)
+        if how == "dies":
+            die()
+        if how == "fails":
+            raise ValueError("the disk is on fire")
+        (folder / str(communicator.rank)).touch()
+
+    said, start, total = "", time.monotonic(), torch.ones(1)
+    try:
+        communicator.first("the work", work)
+    except (RuntimeError, ValueError) as error:
+        said = f"{type(error).__name__}: {error}"
+    seconds = time.monotonic() - start
+    if how != "dies":
+        communicator.sum_(total)
+    return [path.name for path in folder.iterdir()], said, seconds, float(total)
