@@ -118,10 +118,20 @@ class FrameStream:
         taken = order[: _reach(self._lengths(order), frames)]
         return self._transformed(taken, _SAMPLE_TRANSFORM, key)
 
-    def everything(self) -> Iterator[Batch]:
-        """Every frame once, in a fixed order and as it is, for evaluation; not only this rank's."""
-        for items in self._pack(np.arange(len(self._windows))):
-            yield self._batch(items)
+    def everything(self, share: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
+        """Every frame once, in a fixed order and as it is, for evaluation; not only this rank's.
+
+        Of ``share=(rank, ranks)``, only each ``ranks``-th minibatch, from that of the number ``rank`` on.
+        """
+        rank, ranks = share
+        for number, items in enumerate(self._pack(np.arange(len(self._windows)))):
+            if number % ranks == rank:
+                yield self._batch(items)
+
+    @property
+    def shard(self) -> tuple[int, int]:
+        """This rank and the number of ranks."""
+        return self._rank, self._ranks
 
     @property
     def total_frames(self) -> int:

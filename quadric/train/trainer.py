@@ -2,6 +2,9 @@
 
 An update is ``optimizer.step(objective)``. What differs between optimisers is how much data an update sees: the
 `Sampler` of the `Plan` says it.
+
+Several ranks train one model: each has its share of every update's data and of the held-out data, and all else is the
+same on all of them to the bit.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from quadric.comm import checkpoint as together
+from quadric.comm.communicator import Communicator, Solo
 from quadric.data.stream import FrameStream
 from quadric.loss.loss import PADDING, Loss
 from quadric.objective.objective import Objective
@@ -87,25 +92,37 @@ class Plan:
         return min(self.evaluations, math.floor(self.evaluations * drawn / (self.epochs * total_frames)))
 
 
-def evaluate(model: nn.Module, loss: Loss, stream: FrameStream, *, autocast: bool = False) -> dict[str, float]:
-    """Mean loss per frame and, where targets are class indices, the share of frames classified right."""
+def evaluate(
+    model: nn.Module,
+    loss: Loss,
+    stream: FrameStream,
+    *,
+    autocast: bool = False,
+    communicator: Communicator = Solo(),
+) -> dict[str, float]:
+    """Mean loss per frame and, where targets are class indices, the share of frames classified right.
+
+    Each rank takes some of the minibatches; the scores are those of all, the same to the bit on all ranks.
+    """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    total = weight = right = 0.0
-    classified = False
+    total = weight = right = classified = 0.0
     try:
         with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
-            for inputs, target, _ in stream.everything():
+            for inputs, target, _ in stream.everything((communicator.rank, communicator.size)):
                 target = target.to(device) if isinstance(target, Tensor) else target
                 output = model(inputs.to(device)).float()
                 total += float(loss(output, target))
                 weight += float(loss.weight(target))
                 if isinstance(target, Tensor):
-                    classified = True
+                    classified += 1
                     right += float(((output.argmax(-1) == target) & (target != PADDING)).sum())
     finally:
         model.train(was_training)
+    sums = torch.tensor([total, weight, right, classified], dtype=torch.float64, device=device)
+    communicator.sum_(sums)
+    total, weight, right, classified = sums.tolist()
     scores = {"loss": total / weight}
     return scores | {"accuracy": right / weight} if classified else scores
 
@@ -113,8 +130,13 @@ def evaluate(model: nn.Module, loss: Loss, stream: FrameStream, *, autocast: boo
 class Trainer:
     """Trains a model in a folder, and goes on where it stopped.
 
-    The folder holds ``state.pt`` (everything needed to go on), ``model.pt`` (the parameters with the lowest held-out
-    loss so far, and when they were reached) and ``metrics.jsonl``.
+    The folder holds ``state`` (a checkpoint of `quadric.comm.checkpoint` with everything needed to go on), ``model.pt``
+    (the parameters with the lowest held-out loss so far, and when they were reached) and ``metrics.jsonl``.
+
+    Of several ranks, the first alone writes the last two and logs. A request to stop, on any rank, stops all of them
+    after the same update. A state may be gone on from with another number of ranks. Then sums are rounded in another
+    way, dropout and augmentation draw other numbers, and a sampler that looks at the noise of the gradient sees that of
+    other minibatches.
 
     Args:
         model: already where it shall start.
@@ -125,6 +147,10 @@ class Trainer:
         plan: how much data, how often judged.
         folder: of the files above.
         schedule: from the optimiser and the number of updates to a learning-rate schedule, stepped every update.
+        communicator: of the ranks that train together.
+
+    Raises:
+        ValueError: ``stream`` has the shard of another rank.
     """
 
     def __init__(
@@ -138,7 +164,11 @@ class Trainer:
         folder: Path,
         *,
         schedule: Callable[[Optimizer, int], LRScheduler] | None = None,
+        communicator: Communicator = Solo(),
     ) -> None:
+        place = (communicator.rank, communicator.size)
+        if stream.shard != place:
+            raise ValueError(f"stream has the shard {stream.shard} on the rank {place}: give it shard={place}")
         self.model, self.loss, self.optimizer = model, loss, optimizer
         self.stream, self.held_out, self.plan, self.folder = stream, held_out, plan, folder
         self.updates = plan.updates(stream.total_frames)
@@ -149,24 +179,29 @@ class Trainer:
         self._noise = math.nan
         self.seconds = 0.0
         self.best = math.inf
+        self.communicator = communicator
+        self._leads = communicator.rank == 0
         self._objectives: list[float] = []
         self._metrics = MetricsLog(folder / "metrics.jsonl")
 
     def fit(self, *, progress: Progress = silent, what: str = "training") -> Mapping[str, Any]:
-        """Trains to the end of the plan, from ``state.pt`` if it is there; returns the record of ``model.pt``.
+        """Trains to the end of the plan, from the saved state if there is one; returns the record of ``model.pt``.
 
         Raises:
             Diverged: the objective or the held-out loss is not finite.
             Interrupted: on SIGINT or SIGTERM, after the update under way, with everything saved.
+            ValueError: the ranks have other plans or data.
+            RuntimeError: another rank died or fell silent.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if (self.folder / "state.pt").exists():
-            self._load()
+        if self._leads:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        if self._load():
             if self._done:
                 return self._best()
-            logger.info("going on from update %d of %d in %s", self.update, self.updates, self.folder)
+            self._tell("going on from update %d of %d in %s", self.update, self.updates, self.folder)
         else:
-            self._metrics.truncate_after(-1)
+            if self._leads:
+                self._metrics.truncate_after(-1)
             self._log(self._judge())
         saved = time.monotonic()
         with _stop_requests() as stop:
@@ -178,16 +213,29 @@ class Trainer:
                     record |= {"objective": self._mean_objective()} | self._judge()
                 if judged or isinstance(self.optimizer, SecondOrder):
                     self._log(record)
-                if stop.is_set() or time.monotonic() - saved > CHECKPOINT_SECONDS:
+                stopping, due = self._decide(stop.is_set(), time.monotonic() - saved > CHECKPOINT_SECONDS)
+                if stopping or due:
                     self._save()
                     saved = time.monotonic()
-                if stop.is_set():
+                if stopping:
                     raise Interrupted(
                         f"stopped after update {self.update} of {self.updates}, saved in {self.folder}: "
                         "the same command goes on from there"
                     )
         self._save()
         return self._best()
+
+    def _decide(self, stop: bool, due: bool) -> tuple[bool, bool]:
+        """Whether any rank is to stop, and whether the first finds a checkpoint due; all then have its seconds too."""
+        says = [float(stop), float(due), self.seconds] if self._leads else [float(stop), 0.0, 0.0]
+        joint = torch.tensor(says, dtype=torch.float64, device=self._device)
+        self.communicator.sum_(joint)
+        stops, dues, self.seconds = joint.tolist()
+        return stops > 0, dues > 0
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
     @property
     def _done(self) -> bool:
@@ -213,9 +261,11 @@ class Trainer:
             self.stream.sample(sizes.curvature, key=self.update) if sizes.curvature else None,
             autocast=torch.bfloat16 if self.plan.autocast else None,
             seed=hash((self.plan.seed, self.update)) % 2**31,
-            clock=_clock(next(self.model.parameters()).device),
+            communicator=self.communicator,
+            clock=_clock(self._device),
         )
         value: Any = self.optimizer.step(objective)  # type: ignore[arg-type]
+        self._join_statistics()
         if self.scheduler is not None:
             self.scheduler.step()
         self.update += 1
@@ -226,6 +276,18 @@ class Trainer:
         self._objectives.append(float(value))
         diagnosis = self.optimizer.diagnosis if isinstance(self.optimizer, SecondOrder) else None
         return dict(diagnosis.record()) if diagnosis else {}
+
+    def _join_statistics(self) -> None:
+        """Gives all ranks the mean of their running statistics, as of batch normalisation, and the first's counts."""
+        if self.communicator.size > 1:
+            buffers = list(self.model.buffers())
+            means = [buffer for buffer in buffers if buffer.is_floating_point()]
+            self.communicator.sum_(*means)
+            for mean in means:
+                mean.div_(self.communicator.size)
+            for buffer in buffers:
+                if not buffer.is_floating_point():
+                    self.communicator.broadcast_(buffer)
 
     def _mean_objective(self) -> float:
         """The mean of the updates' own objectives since it was last asked for."""
@@ -238,12 +300,14 @@ class Trainer:
         if self.held_out is None:
             self._keep({})
             return {}
-        scores = evaluate(self.model, self.loss, self.held_out, autocast=self.plan.autocast)
+        scores = evaluate(
+            self.model, self.loss, self.held_out, autocast=self.plan.autocast, communicator=self.communicator
+        )
         self._check_finite("held-out loss", scores["loss"])
         if scores["loss"] < self.best:
             self.best = scores["loss"]
             self._keep(scores)
-        logger.info("update %d of %d: held-out %s", self.update, self.updates, _listed(scores))
+        self._tell("update %d of %d: held-out %s", self.update, self.updates, _listed(scores))
         return {f"dev_{name}": value for name, value in scores.items()}
 
     def _check_finite(self, what: str, value: float) -> None:
@@ -255,11 +319,17 @@ class Trainer:
 
     def _keep(self, scores: Mapping[str, float]) -> None:
         state = {"model": self.model.state_dict(), "update": self.update, "seconds": self.seconds, **scores}
-        checkpoint.save(state, self.folder / "model.pt")
+        if self._leads:
+            checkpoint.save(state, self.folder / "model.pt")
 
     def _log(self, record: Mapping[str, Any]) -> None:
         place = {"update": self.update, "epoch": self.stream.epoch, "seconds": self.seconds}
-        self._metrics.append({**place, **record})
+        if self._leads:
+            self._metrics.append({**place, **record})
+
+    def _tell(self, message: str, *arguments: object) -> None:
+        if self._leads:
+            logger.info(message, *arguments)
 
     def _save(self) -> None:
         state = {
@@ -275,12 +345,26 @@ class Trainer:
             "best": self.best,
             "objectives": self._objectives,
         }
-        checkpoint.save(state, self.folder / "state.pt")
+        together.save(state, self.folder / "state", self.communicator)
 
-    def _load(self) -> None:
+    def _load(self) -> bool:
+        """Goes to the place of the saved state, if there is one, on all ranks."""
+        held_out = self.held_out and self.held_out.state_dict()
+        data = (self.stream.state_dict(), held_out)
+        self.communicator.agree("the training", (self.plan, type(self.optimizer).__qualname__, self.updates, data))
+        try:
+            state = together.load(self.folder / "state", self.communicator)
+        except FileNotFoundError:
+            return False
+        except ValueError:
+            with reading(self.folder):
+                raise
         with reading(self.folder):
-            self._take(checkpoint.load(self.folder / "state.pt"))
-            self._metrics.truncate_after(self.update)
+            self._take(state)
+            if self._leads:
+                self._metrics.truncate_after(self.update)
+        self.communicator.agree("the place in the training", (self.update, self.drawn))
+        return True
 
     def _take(self, state: Mapping[str, Any]) -> None:
         self.model.load_state_dict(state["model"])

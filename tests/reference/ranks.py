@@ -26,15 +26,17 @@ PATIENCE = 2.0
 
 
 # Not the jobs themselves: before Python 3.13 the server does not look in ``tests``, and says nothing of it.
-PRELOADED = ["quadric.comm.checkpoint", "quadric.data.stream", "quadric.optim.second_order"]
+PRELOADED = ["quadric.comm.checkpoint", "quadric.optim.second_order", "quadric.train.trainer"]
 
 
 class Killed:
     """What a rank leaves that was killed."""
 
 
-def run(folder: Path, size: int, job: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list[Any]:
-    """Calls ``job(communicator, *args)`` on each of ``size`` ranks: what each returned, raised, or `Killed`.
+def run(
+    folder: Path, size: int, job: Callable[..., Any], *args: Any, timeout: float = TIMEOUT, **options: Any
+) -> list[Any]:
+    """Calls ``job(communicator, *args, **options)`` on each of ``size`` ranks: what each returned, raised, or `Killed`.
 
     The processes are forks of a server that has imported quadric, so that starting them takes no time; ``job``
     must be found by its name in a module under ``tests``.
@@ -44,7 +46,7 @@ def run(folder: Path, size: int, job: Callable[..., Any], *args: Any, timeout: f
     meeting = f"file://{folder / f'meeting-{time.monotonic_ns()}'}"
     ends = [context.Pipe(duplex=False) for _ in range(size)]
     processes = [
-        context.Process(target=_rank, args=(end, rank, size, meeting, timeout, job, args), daemon=True)
+        context.Process(target=_rank, args=(end, rank, size, meeting, timeout, job, args, options), daemon=True)
         for rank, (_, end) in enumerate(ends)
     ]
     for process, (_, end) in zip(processes, ends, strict=True):
@@ -67,12 +69,13 @@ def _rank(
     timeout: float,
     job: Callable[..., Any],
     args: tuple[Any, ...],
+    options: dict[str, Any],
 ) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     try:
         with Collective(rank, size, meeting, timeout=timeout) as communicator:
-            result = job(communicator, *args)
+            result = job(communicator, *args, **options)
     except Exception as error:
         result = error.with_traceback(None)
     end.send_bytes(pickle.dumps(result))  # not send, which shares memory with a process that is about to end

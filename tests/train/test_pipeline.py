@@ -19,6 +19,8 @@ import numpy as np
 import pytest
 import torch
 
+from quadric.comm import checkpoint as together
+from quadric.comm.communicator import Solo
 from quadric.data.batch import pad_context
 from quadric.progress import silent
 from quadric.recipes import digits, speechocean
@@ -284,7 +286,7 @@ def test_ctrl_c_in_the_middle_of_training(finished: Finished, tmp_path: Path) ->
     assert process.returncode == 130
     stopped = re.search(r"quadric: stopped after update (\d+) of (\d+), saved in (\S+): the same command", errors)
     assert stopped and 0 < int(stopped[1]) < int(stopped[2])
-    assert (Path(stopped[3]) / "state.pt").is_file()
+    assert (Path(stopped[3]) / "state").is_dir()
     assert "Traceback" not in errors and "%WER" not in printed
     resumed = finish(tmp_path, "hessian_free=none")
     assert resumed.lines == finished.lines[:2]
@@ -295,14 +297,15 @@ def test_ctrl_c_in_the_middle_of_training(finished: Finished, tmp_path: Path) ->
 @pytest.mark.slow
 def test_kill_in_the_flat_start_and_in_training(finished: Finished, tmp_path: Path) -> None:
     work = copied(finished, tmp_path)
-    for sign in ("flat-start-*/round-2/state.pt", "adamw-*/state.pt"):
+    for sign in ("flat-start-*/round-2/state/[0-9]*", "adamw-*/state/[0-9]*"):
         process = start(tmp_path, "hessian_free=none", program=("-c", PROGRAM))
         wait_for(lambda sign=sign: any(work.glob(sign)), process)  # type: ignore[misc]
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate(timeout=60)
         assert process.returncode == -signal.SIGKILL
     folder = only(work, "adamw-*")
-    assert checkpoint.load(folder / "state.pt")["update"] < checkpoint.load(finished.work / "adamw/state.pt")["update"]
+    updates = [together.load(place / "state", Solo())["update"] for place in (folder, finished.work / "adamw")]
+    assert updates[0] < updates[1]
     resumed = finish(tmp_path, "hessian_free=none")
     assert resumed.lines == finished.lines[:2]
     assert_equal(parameters(resumed.work, "adamw"), parameters(finished.work, "adamw"))

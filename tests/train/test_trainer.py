@@ -18,6 +18,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from quadric.comm import checkpoint as together
+from quadric.comm.communicator import Solo
 from quadric.data.augment import SpecAugment
 from quadric.data.stream import FrameStream
 from quadric.loss.loss import CrossEntropy
@@ -229,7 +231,7 @@ def test_a_killed_process_goes_on_from_its_checkpoint(tmp_path: Path, method: st
     assert process.returncode == -signal.SIGKILL
     resumed = _trainer(killed, method)
     logged = MetricsLog(killed / "metrics.jsonl").records()[-1]["update"]
-    assert checkpoint.load(killed / "state.pt")["update"] == 3 < logged < resumed.updates
+    assert together.load(killed / "state", Solo())["update"] == 3 < logged < resumed.updates
     resumed.fit()
     assert resumed.update == straight.update
     for a, b in zip(straight.model.parameters(), resumed.model.parameters(), strict=True):

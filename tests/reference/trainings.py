@@ -1,0 +1,128 @@
+"""Jobs for several ranks that train through `Trainer`, and the same for one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+import quadric.train.trainer
+from quadric.comm.communicator import Communicator, Solo
+from quadric.loss.loss import CrossEntropy
+from quadric.optim.sampling import FixedSizes, GeometricSizes
+from quadric.optim.second_order import hessian_free
+from quadric.train.trainer import Plan, Trainer, evaluate
+from reference.ranks import die
+from reference.training import network, parameters, speech
+
+METHODS: dict[str, tuple[Callable[..., Any], Plan]] = {
+    "AdamW": (lambda params: torch.optim.AdamW(params, lr=1e-2), Plan(4, FixedSizes(120), evaluations=5)),
+    "hessian_free": (
+        lambda params: hessian_free(params, damping=10.0, max_steps=5),
+        Plan(5, GeometricSizes(300, 150, 1.1, 1.1), evaluations=5),
+    ),
+}
+
+
+class Trained(NamedTuple):
+    """What a rank knows at the end."""
+
+    parameters: bytes
+    updates: int
+    best: float
+    scores: dict[str, float]
+    buffers: list[Tensor]
+    opened: list[str]
+
+
+class Normalised(nn.Module):
+    """Normalises each feature by the statistics of the minibatch, and keeps running ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x.flatten(0, -2)).view_as(x)
+
+
+def trainer(
+    communicator: Communicator, folder: Path, method: str, *, normalise: bool = False, lr: float | None = None
+) -> Trainer:
+    model = network()
+    if normalise:
+        model[0] = nn.Sequential(model[0], Normalised())
+    build, plan = METHODS[method]
+    optimizer = build(model.parameters())
+    if lr is not None:
+        optimizer.param_groups[0]["lr"] = lr
+    stream = speech(shard=(communicator.rank, communicator.size))
+    schedule: Callable[..., LambdaLR] = lambda o, n: LambdaLR(o, lambda u: 1 - 0.5 * u / n)  # noqa: E731
+    return Trainer(
+        model, CrossEntropy(), optimizer, stream, speech(), plan, folder, schedule=schedule, communicator=communicator
+    )
+
+
+def trains(
+    communicator: Communicator,
+    folder: Path,
+    method: str,
+    at: tuple[int, int, Callable[[], None]] | None = None,
+    often: bool = False,
+    **options: Any,
+) -> Trained:
+    """Trains to the end; where given, ``at = (rank, update, event)`` happens before that update on that rank."""
+
+    def progress(items: Iterable[int], *, total: int | None, what: str) -> Iterable[int]:
+        for item in items:
+            if at is not None and at[:2] == (communicator.rank, item):
+                at[2]()
+            yield item
+
+    if often:
+        quadric.train.trainer.CHECKPOINT_SECONDS = 0.0
+    opened: list[str] = []
+    if communicator.size > 1:
+        sys.addaudithook(lambda event, args: opened.append(str(args[0])) if _writes(event, args, folder) else None)
+    training = trainer(communicator, folder, method, **options)
+    best = training.fit(progress=progress)
+    assert training.held_out is not None
+    scores = evaluate(training.model, training.loss, training.held_out, communicator=communicator)
+    buffers = [buffer.clone() for buffer in training.model.buffers()]
+    return Trained(parameters(training.model), training.update, best["loss"], scores, buffers, opened)
+
+
+def _writes(event: str, args: tuple[Any, ...], folder: Path) -> bool:
+    return event == "open" and str(args[0]).startswith(str(folder)) and bool(args[2] & (os.O_WRONLY | os.O_RDWR))
+
+
+def trains_alone(folder: Path, method: str) -> Trained:
+    return trains(Solo(), folder, method)
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def kill() -> None:
+    die()
+
+
+def trains_otherwise(communicator: Communicator, folder: Path, how: str) -> None:
+    """Rank 1 has another plan, or the shard of rank 0."""
+    training = trainer(communicator, folder, "AdamW")
+    if communicator.rank == 1 and how == "plan":
+        training.plan = Plan(4, FixedSizes(121), evaluations=5)
+    if communicator.rank == 1 and how == "shard":
+        Trainer(
+            training.model, training.loss, training.optimizer, speech(), None, training.plan, folder,
+            communicator=communicator,
+        )  # fmt: skip
+    training.fit()
