@@ -7,16 +7,22 @@ import dataclasses
 import difflib
 import inspect
 import json
+import logging
 import os
 import re
 import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from quadric.comm.collective import Collective
+from quadric.comm.communicator import Communicator, FirstFailed
+
 try:
+    from quadric.progress import silent
     from quadric.recipes import RECIPES
     from quadric.speech.corpus import read_data_dir
     from quadric.speech.scoring import read_text, score
@@ -50,6 +56,8 @@ _HERE = {
 }
 """Of each command, the arguments that messages name and what stands for them on the command line."""
 
+_INTERRUPTED = "interrupted; the same command goes on from what is done"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0 done, 1 an error of the input, 2 of the call, 130 interrupted."""
@@ -70,14 +78,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read the output has enough of it; nothing is left to be flushed when Python ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        print(f"quadric: {_sentence(error, _HERE[chosen.name])}", file=sys.stderr)
+    except FirstFailed:
         return 1
-    except Interrupted as stop:
-        print(f"quadric: {stop}", file=sys.stderr)
-        return 130
-    except KeyboardInterrupt:
-        print("quadric: interrupted; the same command goes on from what is done", file=sys.stderr)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        where = f"rank {chosen.rank}: " if chosen.rank else ""
+        print(f"quadric: {where}{_sentence(error, _HERE[chosen.name])}", file=sys.stderr)
+        return 1
+    except (Interrupted, KeyboardInterrupt) as stop:
+        if not chosen.rank:
+            print(f"quadric: {stop if isinstance(stop, Interrupted) else _INTERRUPTED}", file=sys.stderr)
         return 130
     return 0
 
@@ -86,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="quadric", description="Few, strong steps: acoustic models from recordings to word error rate."
     )
+    parser.set_defaults(rank=0)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     train = commands.add_parser(
@@ -197,7 +207,29 @@ def _check_names(recipe: str, overrides: Sequence[str], arguments: Sequence[str]
 
 
 def _train(chosen: argparse.Namespace) -> None:
-    job = make_job(chosen.recipe, chosen.overrides)
+    with Collective.from_environment(backend="gloo") as communicator:  # the networks of a job are trained on the CPU
+        chosen.rank = communicator.rank
+        if chosen.rank:
+            logging.getLogger("quadric").addHandler(logging.NullHandler())
+        else:
+            _warn_of_restarts()
+        _train_on(communicator, chosen)
+
+
+def _warn_of_restarts() -> None:
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if restarts != "0" and os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
+        remedy = "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, or most of them fail"
+        print(f"quadric: torchrun may restart this {restarts} times: {remedy}", file=sys.stderr)
+
+
+def _train_on(communicator: Communicator, chosen: argparse.Namespace) -> None:
+    """Only the first rank prints, logs and shows bars."""
+    job = communicator.first_then_all("reading the options", partial(make_job, chosen.recipe, chosen.overrides))
+    if chosen.rank:
+        if not chosen.options:
+            run(job, chosen.work / job.name, progress=silent, communicator=communicator)
+        return
     if chosen.options:
         for path, value in options(job):
             print(f"{path}={_written(value)}")
@@ -206,7 +238,7 @@ def _train(chosen: argparse.Namespace) -> None:
         return
     work = chosen.work / job.name
     with logged(work / "log"):
-        outcome = run(job, work, progress=bar)
+        outcome = run(job, work, progress=bar, communicator=communicator)
     for line in outcome.lines:
         print(line)
     print(f"report: {outcome.report}")

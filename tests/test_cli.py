@@ -79,6 +79,26 @@ def process(*arguments: object, program: tuple[str, ...]) -> subprocess.Complete
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 
+@pytest.mark.distributed
+def test_of_several_ranks_one_says_what_is_wrong(tmp_path: Path) -> None:
+    ranks = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "quadric")
+    ended = process("train", "digits", "utterance=4", "--work", tmp_path / "exp", program=ranks)
+    assert ended.returncode != 0
+    said = [line for line in ended.stderr.splitlines() if line.startswith("quadric: ")]
+    assert said == ["quadric: utterance: recipe digits has no argument or option 'utterance'; did you mean utterances?"]
+    ended = process("train", "digits", "--options", "--work", tmp_path / "exp", program=ranks)
+    assert ended.returncode == 0 and ended.stdout.count("first_order.lr=") == 1
+    assert not (tmp_path / "exp").exists()
+
+
+def test_restarts_that_would_fail_are_told(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = "quadric: torchrun may restart this 3 times: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, or most of them fail"
+    for restarts, store, expected in (("3", "", told), ("3", "1", ""), ("0", "", "")):
+        monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+        monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", store)
+        assert call("train", "digits", "--options")[2].strip() == expected
+
+
 def spoken(words: list[str], rng: np.random.Generator, rate: int = 8000) -> np.ndarray:
     """Every phone a tone of an eighth of a second, after and before a quarter of silence."""
     tones = [tone for word in words for tone in TONES[word]]

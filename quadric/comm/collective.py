@@ -15,13 +15,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import takewhile
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from quadric.comm.communicator import Communicator, Solo
+from quadric.comm.communicator import Communicator, FirstFailed, Solo
+
+T = TypeVar("T")
 
 TIMEOUT = 120.0
 """Seconds a collective waits for the other ranks: more than the slowest rank's micro-batches take, and no more."""
@@ -39,9 +41,9 @@ class Collective(Communicator):
     most restarts of a job fail (pytorch issue 135712).
 
     One rank that dies ends the collectives of all others with an error, one that falls silent does so after
-    ``timeout``, except in `first`: there rank 0 is waited for in a group of its own that knows no timeout. From then
-    on this object refuses everything: a survivor may have finished the sum in which another failed, so the survivors
-    no longer know what the others hold.
+    ``timeout``, except in `first` and `first_then_all`, where the ranks wait in a group of their own that knows no
+    timeout. From then on this object refuses everything: a survivor may have finished the sum in which another failed,
+    so the survivors no longer know what the others hold.
 
     Tensors of other sizes on other ranks cannot be told apart from a damaged connection: gloo ends the process.
     `agree` on sizes first where they may differ.
@@ -157,7 +159,7 @@ class Collective(Communicator):
         if self.rank:
             said = self._from_first(what)
             if said:
-                raise RuntimeError(f"{what}, which rank 0 does for all, failed there: {said}")
+                raise FirstFailed(f"{what}, which rank 0 does for all, failed there: {said}")
             return
         self._check_not_lost(what)
         try:
@@ -168,15 +170,27 @@ class Collective(Communicator):
             raise
         self._from_first(what)
 
+    def first_then_all(self, what: str, work: Callable[[], T]) -> T:
+        made: list[T] = []
+        self.first(what, lambda: made.append(work()))
+        if self.rank:
+            made.append(work())
+        with self.operation(what):
+            self._wait(dist.all_reduce(torch.zeros(1), group=self._patient, async_op=True))
+        return made[0]
+
     def _from_first(self, what: str, text: str = "") -> str:
         """What rank 0 says; ``text`` is used there alone."""
         message = torch.frombuffer(bytearray(text.encode()[:_SAID].ljust(_SAID, b"\0")), dtype=torch.uint8)
         with self.operation(what):
-            work = dist.broadcast(message, 0, group=self._patient, async_op=True)
-            while not work.is_completed():
-                threading.Event().wait(_GLANCE)
-            work.wait()
+            self._wait(dist.broadcast(message, 0, group=self._patient, async_op=True))
         return message.numpy().tobytes().rstrip(b"\0").decode(errors="ignore")
+
+    def _wait(self, work: Any) -> None:
+        """Without a timeout."""
+        while not work.is_completed():
+            threading.Event().wait(_GLANCE)
+        work.wait()
 
     def close(self) -> None:
         if not self._closed:

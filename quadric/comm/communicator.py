@@ -9,10 +9,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from types import TracebackType
+from typing import TypeVar
 
 from torch import Tensor
 
 from quadric.stopwatch import Stopwatch
+
+T = TypeVar("T")
+
+
+class FirstFailed(RuntimeError):
+    """What rank 0 does for all has failed there, where the error itself is raised."""
 
 
 class Communicator(ABC):
@@ -75,7 +82,19 @@ class Communicator(ABC):
         """Has rank 0 do ``work`` while the others wait, as long as it takes.
 
         Raises:
-            RuntimeError: rank 0 died, or its work failed; there, the error of the work itself is raised.
+            FirstFailed: on the others, when the work fails; on rank 0, its own error is raised.
+            RuntimeError: rank 0 died.
+        """
+
+    @abstractmethod
+    def first_then_all(self, what: str, work: Callable[[], T]) -> T:
+        """What ``work`` returns: rank 0 does it first, and then the others, who find what it has left on the disk.
+
+        Each waits for the others, as long as it takes.
+
+        Raises:
+            FirstFailed: on the others, when the work of rank 0 fails; a rank whose work fails raises its own error.
+            RuntimeError: another rank died.
         """
 
     @abstractmethod
@@ -122,6 +141,9 @@ class Solo(Communicator):
     def first(self, what: str, work: Callable[[], None]) -> None:
         work()
 
+    def first_then_all(self, what: str, work: Callable[[], T]) -> T:
+        return work()
+
     def close(self) -> None:
         pass
 
@@ -161,6 +183,10 @@ class Timed(Communicator):
     def first(self, what: str, work: Callable[[], None]) -> None:
         with self._stopwatch.on("communication"):
             self._communicator.first(what, work)
+
+    def first_then_all(self, what: str, work: Callable[[], T]) -> T:
+        with self._stopwatch.on("communication"):
+            return self._communicator.first_then_all(what, work)
 
     def close(self) -> None:
         self._communicator.close()

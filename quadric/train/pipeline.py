@@ -7,8 +7,9 @@ import logging
 import os
 import platform
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from quadric.comm.communicator import Communicator, Solo
 from quadric.data.stream import FrameStream
 from quadric.files import new_file
 from quadric.loss.loss import CrossEntropy
@@ -68,29 +70,44 @@ class Units:
         return log_priors(torch.from_numpy(counts)).float().numpy()
 
 
-def run(job: Job, work: Path, *, progress: Progress = silent) -> Result:
-    """Does the whole job in ``work``; what was done there before is not done again."""
-    with alone_in(work):
-        return _run(job, work, progress)
+def run(job: Job, work: Path, *, progress: Progress = silent, communicator: Communicator = Solo()) -> Result:
+    """Does the whole job in ``work``; what was done there before is not done again.
+
+    Several ranks share the trainings. All else is done by rank 0; the others wait for it and read what it has made, so
+    that ``work`` has to be the same folder for all.
+    """
+    with ExitStack() as held:
+        communicator.first(f"taking {work}", partial(held.enter_context, alone_in(work)))
+        return _run(job, work, progress, communicator)
 
 
-def _run(job: Job, work: Path, progress: Progress) -> Result:
-    stages = Stages(work)
-    prepared = prepare(job, stages, progress)
-    aligned = flat_start(job, prepared, stages, progress)
-    units = choose_units(job, prepared, aligned, stages, progress)
+def _run(job: Job, work: Path, progress: Progress, communicator: Communicator) -> Result:
+    stages, by_first = Stages(work), communicator.first_then_all
+    prepared = by_first("preparing the data", partial(prepare, job, stages, progress))
+    aligned = by_first("aligning", partial(flat_start, job, prepared, stages, progress))
+    units = by_first("making the graph", partial(choose_units, job, prepared, aligned, stages, progress))
     if job.realign is not None:
-        aligned = _realigned(job, job.realign, prepared, aligned, units, stages, progress)
-        units = choose_units(job, prepared, aligned, stages, progress)
-    folders = {}
+        aligned = _realigned(job, job.realign, prepared, aligned, units, stages, progress, communicator)
+        units = by_first("making the graph again", partial(choose_units, job, prepared, aligned, stages, progress))
     for name, method in job.methods.items():
-        folder = _trained(job, name, method, prepared, units, stages, progress)
-        folders[name] = _tested(job, prepared, units, folder, progress)
-        _point(work / name, folder)
+        folder = _trained(job, name, method, prepared, units, stages, progress, communicator)
+        tested = partial(_tested, job, work / name, prepared, units, folder, progress)
+        communicator.first(f"decoding by {name}", tested)
+    communicator.first("writing the report", partial(_finished, job, work, prepared, aligned, units))
+    lines = [
+        f"{score.total.line} {name} {split}"
+        for name in job.methods
+        for split, score in _scores(work / name / "decoded").items()
+    ]
+    return Result(tuple(lines), work / "report.html")
+
+
+def _finished(job: Job, work: Path, prepared: Prepared, aligned: Aligned, units: Units) -> None:
+    """Writes ``job.json`` and the report."""
     summary = {
         "title": job.name,
         "recipe": plain(job),
-        "runs": list(folders),
+        "runs": list(job.methods),
         "perplexity": {split: round(value, 2) for split, value in prepared.perplexity.items()},
         "outputs": units.tying.num_pdfs,
         "alignment": _describe(aligned, prepared),
@@ -98,13 +115,7 @@ def _run(job: Job, work: Path, progress: Progress) -> Result:
     }
     with new_file(work / "job.json") as temporary:
         temporary.write_text(json.dumps(summary, indent=1))
-    page = report(work)
-    lines = [
-        f"{score.total.line} {name} {split}"
-        for name, folder in folders.items()
-        for split, score in _scores(folder).items()
-    ]
-    return Result(tuple(lines), page)
+    report(work)
 
 
 def choose_units(job: Job, prepared: Prepared, aligned: Aligned, stages: Stages, progress: Progress) -> Units:
@@ -144,9 +155,10 @@ def _realigned(
     units: Units,
     stages: Stages,
     progress: Progress,
+    communicator: Communicator = Solo(),
 ) -> Aligned:
     """Alignments by a network that was trained on those before: it sees more around a frame than what made them."""
-    trained = _trained(job, "realign", method, prepared, units, stages, progress)
+    trained = _trained(job, "realign", method, prepared, units, stages, progress, communicator)
 
     def make(folder: Path) -> None:
         model = _network(job, prepared, units, trained)
@@ -154,7 +166,8 @@ def _realigned(
         states = {split: untie(found, aligned.tying, units.tying) for split, found in pdfs.items()}
         Aligned(aligned.tying, states["train"], states["dev"]).save(folder)
 
-    return Aligned.load(aligned.tying, stages.make("realigned", trained.name, by=make))
+    made = partial(stages.make, "realigned", trained.name, by=make)
+    return Aligned.load(aligned.tying, communicator.first_then_all("aligning again", made))
 
 
 def _network(job: Job, prepared: Prepared, units: Units, trained: Path) -> TDNN:
@@ -166,12 +179,20 @@ def _network(job: Job, prepared: Prepared, units: Units, trained: Path) -> TDNN:
 
 
 def _trained(
-    job: Job, name: str, method: Method, prepared: Prepared, units: Units, stages: Stages, progress: Progress
+    job: Job,
+    name: str,
+    method: Method,
+    prepared: Prepared,
+    units: Units,
+    stages: Stages,
+    progress: Progress,
+    communicator: Communicator = Solo(),
 ) -> Path:
-    """The folder of a training, with the trained system in ``system``."""
+    """The folder of a training by all ranks, with the trained system in ``system``."""
     data = (prepared.key, digest(dict(units.train), dict(units.dev)), prepared.front)
     training = (job.network, job.augment, job.chunk, job.autocast, job.seed)
-    folder = stages.folder(name, method, *training, *data)
+    place = partial(stages.folder, name, method, *training, *data)
+    folder = communicator.first_then_all(f"beginning {name}", place)
     torch.manual_seed(job.seed)
     model = job.network.build(prepared.dimension, units.tying.num_pdfs)
     model.initialise_output_bias(torch.from_numpy(units.log_prior))
@@ -183,6 +204,7 @@ def _trained(
         chunk=job.chunk,
         seed=job.seed,
         transform=job.augment,
+        shard=(communicator.rank, communicator.size),
     )
     held_out = FrameStream(_only(prepared.features["dev"], units.dev), units.dev, context=context, chunk=None)
     plan = Plan(method.epochs, method.sampler, autocast=job.autocast, seed=job.seed)
@@ -195,14 +217,15 @@ def _trained(
         plan,
         folder,
         schedule=method.schedule,
+        communicator=communicator,
     )
     best = trainer.fit(progress=progress, what=name)
     logger.info("%s: held-out loss %.4f, frames right %.4f", name, best["loss"], best["accuracy"])
     return folder
 
 
-def _tested(job: Job, prepared: Prepared, units: Units, folder: Path, progress: Progress) -> Path:
-    """The folder with the decoded sets and the tuned system of a training."""
+def _tested(job: Job, link: Path, prepared: Prepared, units: Units, folder: Path, progress: Progress) -> None:
+    """Decodes the sets and tunes the system of the training in ``folder``, to which ``link`` is then a link."""
 
     def make(out: Path) -> None:
         system = System(
@@ -233,7 +256,7 @@ def _tested(job: Job, prepared: Prepared, units: Units, folder: Path, progress: 
     decoded = Stages(folder).make("decoded", *key, by=make)
     _point(folder / "decoded", decoded)
     _point(folder / "system", decoded / "system")
-    return decoded
+    _point(link, folder)
 
 
 def _tuned(job: Job, prepared: Prepared, system: System, decoder: Decoder, out: Path, progress: Progress) -> System:

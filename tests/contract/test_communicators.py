@@ -39,6 +39,8 @@ def test_one_rank_is_the_first_and_hears_itself(alone: Communicator) -> None:
     alone.first("this", lambda: done.append(1))
     assert done == [1] and alone.gather("this", "said") == ["said"] and alone.gather("this", "") == [""]
 
+    assert alone.first_then_all("this", lambda: 3) == 3
+
     def fail() -> None:
         raise KeyError("absent")
 

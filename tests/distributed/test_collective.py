@@ -76,8 +76,16 @@ def test_what_fails_on_the_first_is_told_to_all(tmp_path: Path) -> None:
     own, *others = run(tmp_path, 3, ranks.waits_for_first, tmp_path / "made", "fails", timeout=ranks.PATIENCE)
     assert own[:2] == ([], "ValueError: the disk is on fire") and own[3] == 3.0
     for seen, said, _, total in others:
-        assert said == "RuntimeError: the work, which rank 0 does for all, failed there: the disk is on fire"
+        assert said == "FirstFailed: the work, which rank 0 does for all, failed there: the disk is on fire"
         assert (seen, total) == ([], 3.0)
+
+
+def test_the_others_find_what_the_first_has_made_and_are_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "made").mkdir()
+    for rank, (found, seconds) in enumerate(
+        run(tmp_path, 3, ranks.follows_the_first, tmp_path / "made", timeout=ranks.PATIENCE)
+    ):
+        assert found == ([] if rank == 0 else ["0"]) and seconds > ranks.PATIENCE + 0.9
 
 
 def test_who_waits_for_the_first_learns_at_once_that_it_died(tmp_path: Path) -> None:

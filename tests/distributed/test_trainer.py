@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import functools
+import os
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,7 +64,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tup
 @pytest.mark.parametrize("size", [2, 3])
 def test_ranks_train_as_one_does(size: int, method: str, tmp_path: Path) -> None:
     alone = trainings.trains_alone(tmp_path / "alone", method)
+    start = time.monotonic()
     results = run(tmp_path, size, trainings.trains, tmp_path / "shared", method)
+    assert together.load(tmp_path / "shared" / "state", Solo())["seconds"] < time.monotonic() - start
+    assert sum(result.judged for result in results) == alone.judged > max(result.judged for result in results)
     for result in results:
         assert result[:4] == results[0][:4]  # to the bit
     assert results[0].updates == alone.updates
@@ -117,9 +124,34 @@ def test_a_killed_rank_ends_the_others_and_the_checkpoint_stays(
     assert records(folder) == records(straight)
 
 
+def test_torchrun_restarts_ranks_that_go_on_from_the_last_checkpoint(tmp_path: Path) -> None:
+    tests = Path(__file__).parents[1]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{tests}:{tests.parent}",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=3"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
+    found = {}
+    for name, falls in (("straight", "0"), ("fallen", "1")):
+        (tmp_path / name).mkdir()
+        job = [str(tests / "reference" / "elastic_job.py"), str(tmp_path / name), falls]
+        ended = subprocess.run(
+            [*command, *job], env=environment, capture_output=True, text=True, timeout=50, check=False
+        )
+        assert ended.returncode == 0, ended.stderr
+        found[name] = {rank: (tmp_path / name / f"rank-{rank}").read_bytes() for rank in range(2)}
+    assert (tmp_path / "fallen" / "fallen").exists()
+    assert found["fallen"] == found["straight"] and found["straight"][0] == found["straight"][1]
+    assert records(tmp_path / "fallen" / "training") == records(tmp_path / "straight" / "training")
+
+
 def test_running_statistics_are_those_of_all_ranks(tmp_path: Path) -> None:
     (mean, variance, count), *others = (
-        result.buffers for result in run(tmp_path, 3, trainings.trains, tmp_path / "shared", "AdamW", normalise=True)
+        result.buffers for result in run(tmp_path, 2, trainings.trains, tmp_path / "shared", "AdamW", normalise=True)
     )
     assert all(torch.equal(a, b) for other in others for a, b in zip(other, (mean, variance, count), strict=True))
     assert count > 0 and 0 < mean.abs().max() < 1 and variance.min() > 0.5
@@ -135,7 +167,7 @@ def test_a_diverged_training_ends_all_ranks_alike(tmp_path: Path) -> None:
 
 def test_ranks_that_train_otherwise_are_refused(tmp_path: Path) -> None:
     for result in run(tmp_path, 2, trainings.trains_otherwise, tmp_path / "shared", "plan"):
-        with pytest.raises(ValueError, match=r"the ranks disagree on the training: .*gradient=120.*gradient=121"):
+        with pytest.raises(ValueError, match=r"the ranks disagree on the training: .*gradient=130.*gradient=131"):
             raise result
     result = run(tmp_path, 2, trainings.trains_otherwise, tmp_path / "shared", "shard")[1]
     with pytest.raises(ValueError, match=r"stream has the shard \(0, 1\) on the rank \(1, 2\): give it shard=\(1, 2\)"):

@@ -184,3 +184,18 @@ def waits_for_first(communicator: Communicator, folder: Path, how: str) -> tuple
     if how != "dies":
         communicator.sum_(total)
     return [path.name for path in folder.iterdir()], said, seconds, float(total)
+
+
+def follows_the_first(communicator: Communicator, folder: Path) -> tuple[list[str], float]:
+    """Rank 2 takes longer than a collective may. What the rank finds, and how long all took."""
+
+    def work() -> list[str]:
+        found = [path.name for path in folder.iterdir()]
+        if communicator.rank == 0:
+            (folder / "0").touch()
+        if communicator.rank == 2:
+            time.sleep(PATIENCE + 1)
+        return found
+
+    start = time.monotonic()
+    return communicator.first_then_all("the work", work), time.monotonic() - start

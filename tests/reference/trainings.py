@@ -23,7 +23,7 @@ from reference.ranks import die
 from reference.training import network, parameters, speech
 
 METHODS: dict[str, tuple[Callable[..., Any], Plan]] = {
-    "AdamW": (lambda params: torch.optim.AdamW(params, lr=1e-2), Plan(4, FixedSizes(120), evaluations=5)),
+    "AdamW": (lambda params: torch.optim.AdamW(params, lr=1e-2), Plan(4, FixedSizes(130), evaluations=5)),
     "hessian_free": (
         lambda params: hessian_free(params, damping=10.0, max_steps=5),
         Plan(5, GeometricSizes(300, 150, 1.1, 1.1), evaluations=5),
@@ -32,7 +32,12 @@ METHODS: dict[str, tuple[Callable[..., Any], Plan]] = {
 
 
 class Trained(NamedTuple):
-    """What a rank knows at the end."""
+    """What a rank knows at the end: the first four are the same on all.
+
+    Attributes:
+        opened: files in the folder that it has opened to write.
+        judged: minibatches that its model has seen outside training.
+    """
 
     parameters: bytes
     updates: int
@@ -40,6 +45,7 @@ class Trained(NamedTuple):
     scores: dict[str, float]
     buffers: list[Tensor]
     opened: list[str]
+    judged: int
 
 
 class Normalised(nn.Module):
@@ -92,11 +98,13 @@ def trains(
     if communicator.size > 1:
         sys.addaudithook(lambda event, args: opened.append(str(args[0])) if _writes(event, args, folder) else None)
     training = trainer(communicator, folder, method, **options)
+    judged: list[None] = []
+    training.model.register_forward_hook(lambda model, *_: None if model.training else judged.append(None))
     best = training.fit(progress=progress)
     assert training.held_out is not None
     scores = evaluate(training.model, training.loss, training.held_out, communicator=communicator)
     buffers = [buffer.clone() for buffer in training.model.buffers()]
-    return Trained(parameters(training.model), training.update, best["loss"], scores, buffers, opened)
+    return Trained(parameters(training.model), training.update, best["loss"], scores, buffers, opened, len(judged))
 
 
 def _writes(event: str, args: tuple[Any, ...], folder: Path) -> bool:
@@ -119,7 +127,7 @@ def trains_otherwise(communicator: Communicator, folder: Path, how: str) -> None
     """Rank 1 has another plan, or the shard of rank 0."""
     training = trainer(communicator, folder, "AdamW")
     if communicator.rank == 1 and how == "plan":
-        training.plan = Plan(4, FixedSizes(121), evaluations=5)
+        training.plan = Plan(4, FixedSizes(131), evaluations=5)
     if communicator.rank == 1 and how == "shard":
         Trainer(
             training.model, training.loss, training.optimizer, speech(), None, training.plan, folder,

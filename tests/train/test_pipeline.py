@@ -263,6 +263,8 @@ def test_one_option_reruns_what_depends_on_it(
 
 # ------------------------------------------------------------------------------------------------ interruptions
 
+RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "quadric")
+
 
 def copied(finished: Finished, exp: Path, *names: str) -> Path:
     """A working folder where only ``names`` are done, and the audio is there."""
@@ -274,6 +276,33 @@ def copied(finished: Finished, exp: Path, *names: str) -> Path:
 
 def lines_in(work: Path, pattern: str) -> int:
     return sum(path.read_bytes().count(b"\n") for path in work.glob(pattern))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_ranks_do_what_one_does(finished: Finished, tmp_path: Path) -> None:
+    """Without dropout, which would draw other numbers; until rounding has grown."""
+    options = ("network.dropout=0", "first_order.epochs=3", "hessian_free.epochs=2", "realign.epochs=1")
+    one, two = (copied(finished, tmp_path / name, "bootstrap-*") for name in ("one", "two"))
+    finish(tmp_path / "one", *options)
+    process = start(tmp_path / "two", *options, program=RANKS)
+    printed, errors = process.communicate(timeout=100)
+    assert process.returncode == 0, errors
+    lines = printed.splitlines()
+    assert [WER.fullmatch(line) is not None for line in lines] == [True] * 4 + [False]
+    assert lines[-1] == f"report: {two}/report.html" and (two / "report.html").is_file()
+    for text in (errors, (two / "log").read_text()):
+        assert text.count("update 1 of 6: held-out") == 1
+    assert {name.rsplit("-", 1)[0] for name in stages(two)} == {name.rsplit("-", 1)[0] for name in stages(one)}
+    for name in ("train.ark", "dev.ark"):
+        assert (only(two, "alignment-*") / name).read_bytes() == (only(one, "alignment-*") / name).read_bytes()
+    for method in ("adamw", "hessian_free"):
+        found, expected = (
+            [(r["epoch"], r["dev_loss"]) for r in without_time(work, method) if "dev_loss" in r] for work in (two, one)
+        )
+        assert len(found) == len(expected) > 2
+        for a, b in zip(found[:3], expected[:3], strict=True):
+            assert a == pytest.approx(b, rel=1e-3)
 
 
 @pytest.mark.slow

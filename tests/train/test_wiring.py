@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+from quadric.comm.communicator import Solo
 from quadric.data.augment import SpecAugment
 from quadric.data.stream import FrameStream
 from quadric.linalg.krylov import ConjugateGradient
@@ -151,7 +152,8 @@ def test_a_training_is_given_all_it_is_told(tmp_path: Path, monkeypatch: pytest.
     chosen, (ready, units) = job(), prepared()
     for name in ("network", "augment", "chunk", "autocast", "seed"):
         assert getattr(chosen, name) != defaults(Job)[name]
-    folder = pipeline._trained(chosen, "a name", method, ready, units, Stages(tmp_path), silent)
+    alone = Solo()
+    folder = pipeline._trained(chosen, "a name", method, ready, units, Stages(tmp_path), silent, alone)
     (training,), (train, held_out) = trainings, streams
 
     torch.manual_seed(chosen.seed)
@@ -173,11 +175,13 @@ def test_a_training_is_given_all_it_is_told(tmp_path: Path, monkeypatch: pytest.
         "chunk": 7,
         "seed": 11,
         "transform": chosen.augment,
+        "shard": (0, 1),
     }
     assert held_out == {"features": seen["dev"], "targets": units.dev, "context": (2, 1), "chunk": None}
 
     plan = Plan(method.epochs, method.sampler, autocast=True, seed=11)
     assert training["plan"] == plan and training["folder"] == folder and folder.name.startswith("a name-")
+    assert training["communicator"] is alone
     assert isinstance(training["loss"], CrossEntropy) and training["schedule"] == method.schedule
     assert type(training["optimizer"]) is type(method.build(model.parameters()))
     stepped = [p for group in training["optimizer"].param_groups for p in group["params"]]
