@@ -12,7 +12,7 @@ spread over it (lbfgs-last: its last ones). flexible: by those and the present s
 conjugate gradients. geometric: samples start
 at `--first-gradient` and `--first-curvature` and grow by fixed factors, the curvature's up to `--curvature`. variance:
 the gradient's sample starts at `--first-gradient` and grows when the variance between its micro-batches says so, the
-curvature's in proportion.
+curvature's in proportion. bfloat16: all matrix products in that type, vectors and sums in float32.
 
 Columns: seconds to the target, interpolated linearly between the looks before and after; then at the look after it:
 updates, iterations of conjugate gradients, products with the curvature, millions of frames touched (a gradient and a
@@ -29,6 +29,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import nn
 
 from common import Table, Training
@@ -72,11 +73,13 @@ class Method:
         pairs: of the solve before that precondition the next, by how many are kept; None: no preconditioner.
         flexible: whether the conjugate gradients are.
         sampler: how much data an update sees.
+        autocast: the type of its matrix products.
     """
 
     pairs: Callable[[int], PairSelection] | None = None
     flexible: bool = False
     sampler: Callable[[Speech, argparse.Namespace], Sampler] = fixed
+    autocast: torch.dtype | None = None
 
     def optimizer(self, params: Iterable[nn.Parameter], chosen: argparse.Namespace) -> SecondOrder:
         preconditioner = None if self.pairs is None else LBFGS(self.pairs(chosen.pairs), self.flexible)
@@ -94,6 +97,8 @@ METHODS: dict[str, Method] = {
     "lbfgs+variance": Method(SpreadPairs, sampler=variance_tested),
     "flexible+geometric": Method(SpreadPairs, flexible=True, sampler=geometric),
     "flexible+variance": Method(SpreadPairs, flexible=True, sampler=variance_tested),
+    "bfloat16": Method(autocast=torch.bfloat16),
+    "lbfgs+variance+bfloat16": Method(SpreadPairs, sampler=variance_tested, autocast=torch.bfloat16),
 }
 
 
@@ -104,7 +109,7 @@ def train(method: Method, speech: Speech, chosen: argparse.Namespace, target: fl
         method.optimizer(model.parameters(), chosen),
         method.sampler(speech, chosen),
         speech.stream.total_frames,
-        lambda sizes, update: speech.objective(model, sizes, update),
+        lambda sizes, update: speech.objective(model, sizes, update, autocast=method.autocast),
     )
     looks = [asdict(training.cost) | speech.look(model)]
     while True:
@@ -157,10 +162,10 @@ def parsed() -> argparse.Namespace:
     for name, default, what in (
         ("--gradient", 1.0, "plain's share of the training frames for the gradient"),
         ("--curvature", 0.05, "and for the curvature"),
-        ("--first-gradient", 0.2, "growing samples' first share for the gradient"),
+        ("--first-gradient", 0.1, "growing samples' first share for the gradient"),
         ("--first-curvature", 0.01, "and for the curvature, geometric"),
-        ("--gradient-growth", 1.2, "factor an update, geometric"),
-        ("--curvature-growth", 1.3, "factor an update, geometric"),
+        ("--gradient-growth", 1.1, "factor an update, geometric"),
+        ("--curvature-growth", 1.1, "factor an update, geometric"),
         ("--theta", 0.5, "of the variance's test: the relative error of the gradient that is allowed"),
         ("--damping", 1.0, "the first lambda"),
     ):
