@@ -20,7 +20,7 @@ from quadric.lattice.automaton import Automaton
 from quadric.linalg import truncation
 from quadric.linalg.krylov import ConjugateGradient, Conjugation, FlexibleCG, MinRes, Notay, PolakRibiere
 from quadric.linalg.lbfgs import LBFGSInverse
-from quadric.linalg.operator import Diagonal, Identity, LinearOperator, Matrix, Scaled, Sum
+from quadric.linalg.operator import Diagonal, Identity, LinearOperator, Matrix, Scaled, Shifted, Sum
 from quadric.linalg.pairs import LastPairs, Pair, PairSelection, SpreadPairs
 from quadric.linalg.solver import KrylovSolver
 from quadric.linalg.truncation import Truncation
@@ -65,6 +65,11 @@ def _matrix() -> tuple[LinearOperator, Tensor]:
     return Matrix(draw(5, 5)), draw(5, 5)
 
 
+def _shifted() -> tuple[LinearOperator, Tensor]:
+    matrix = dense.random_spd(5)
+    return Shifted(Matrix(matrix), 0.7), matrix + 0.7 * torch.eye(5, dtype=matrix.dtype)
+
+
 def _sum() -> tuple[LinearOperator, Tensor]:
     left, right = draw(5, 5), dense.random_spd(5)
     return Sum(Matrix(left), Matrix(right)), left + right
@@ -94,6 +99,7 @@ OPERATORS: dict[type[LinearOperator], OperatorCase] = {
     Diagonal: OperatorCase(lambda: (Diagonal(draw(5)), torch.diag(draw(5)))),
     Matrix: OperatorCase(_matrix),
     Scaled: OperatorCase(lambda: (Scaled(Matrix(dense.random_spd(5)), -2.5), -2.5 * dense.random_spd(5))),
+    Shifted: OperatorCase(_shifted),
     Sum: OperatorCase(_sum),
     LBFGSInverse: OperatorCase(_lbfgs),
     CurvatureOperator: OperatorCase(_gauss_newton),

@@ -95,6 +95,18 @@ class Scaled(LinearOperator):
         return self.factor * (self.operator @ v)
 
 
+class Shifted(LinearOperator):
+    """v -> A v + c v."""
+
+    def __init__(self, operator: LinearOperator, shift: float) -> None:
+        self.operator, self.shift = operator, shift
+        self.size, self.symmetric = operator.size, operator.symmetric
+
+    def apply(self, v: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        product = self.operator @ v
+        return torch.add(product, v, alpha=self.shift) if self.shift else product
+
+
 class Sum(LinearOperator):
     """v -> A v + B v."""
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from jaxtyping import Float
 from torch import Tensor
 
 from quadric.linalg.krylov import ConjugateGradient
-from quadric.linalg.operator import Identity, LinearOperator
+from quadric.linalg.operator import LinearOperator, Shifted
 from quadric.linalg.solver import ChangingInverse, Iterate, KrylovSolver, Path
 from quadric.linalg.truncation import FixedIterations
 from quadric.linalg.vector import dot
@@ -38,6 +39,29 @@ class LocalModel:
     curvature: LinearOperator
     metric: LinearOperator | None = None
 
+    @cached_property
+    def curvature_scale(self) -> float:
+        """The curvature along the gradient, as `scale_along` says, for one product."""
+        return scale_along(self.curvature, self.gradient)
+
+    @cached_property
+    def metric_scale(self) -> float:
+        """The same of the metric."""
+        return scale_along(self.known_metric, self.gradient)
+
+    @property
+    def known_metric(self) -> LinearOperator:
+        if self.metric is None:
+            raise ValueError("metric is None: natural gradient and NGHF need a Fisher matrix in the local model")
+        return self.metric
+
+
+def scale_along(A: LinearOperator, g: Float[Tensor, " n"]) -> float:
+    """g'Ag / g'g, or ||Ag|| / ||g|| where that is not positive: a length for damping to be a share of."""
+    Ag, square = A @ g, dot(g, g)
+    along = dot(g, Ag) / square
+    return along if along > 0 else math.sqrt(dot(Ag, Ag) / square)
+
 
 class Descent(ABC):
     """Proposes a path of candidate steps d from the local model.
@@ -47,6 +71,10 @@ class Descent(ABC):
 
     kind: Curvature = Curvature.GAUSS_NEWTON
     metric: Curvature | None = None
+
+    def shift(self, local: LocalModel, damping: float) -> float:
+        """What is added to the diagonal of the first matrix it solves with, for whoever preconditions it."""
+        return damping
 
     @abstractmethod
     def propose(
@@ -96,9 +124,7 @@ class NewtonCG(Descent):
         M: LinearOperator | ChangingInverse | None = None,
     ) -> Path:
         start = None if x0 is None or self.momentum == 0 else self.momentum * x0
-        B = local.curvature
-        damped = B + damping * Identity(B.size) if damping else B
-        return self.solver.solve(damped, -local.gradient, x0=start, M=M)
+        return self.solver.solve(Shifted(local.curvature, damping), -local.gradient, x0=start, M=M)
 
 
 @dataclass(frozen=True)
@@ -109,8 +135,8 @@ class NaturalGradient(Descent):
     loss), and the papers leave mu, the inverse of their Lagrange multiplier, open. Here one mu for the path minimises
     the quadratic model along its last point, -g'x / x'Bx, for one product with B.
 
-    The paper's lambda is 0. Otherwise it is a share of the curvature along the gradient, g'Fg / g'g, for one product
-    more: no number would do for every F.
+    The paper's lambda is 0. Otherwise it is a share of the curvature along the gradient (`scale_along`), for one
+    product more: no number would do for every F.
 
     Attributes:
         solver: of the linear system; it starts from zero.
@@ -124,6 +150,9 @@ class NaturalGradient(Descent):
     metric: Curvature = Curvature.EMPIRICAL_FISHER
     kind: Curvature = Curvature.GAUSS_NEWTON
 
+    def shift(self, local: LocalModel, damping: float) -> float:
+        return damping * local.metric_scale if damping else 0.0
+
     def propose(
         self,
         local: LocalModel,
@@ -132,11 +161,11 @@ class NaturalGradient(Descent):
         x0: Float[Tensor, " n"] | None,
         M: LinearOperator | ChangingInverse | None = None,
     ) -> Path:
-        g = local.gradient
-        path = self.solver.solve(_damped_by_share(_metric(self, local), damping, g), -g, M=M)
+        F = Shifted(local.known_metric, self.shift(local, damping))
+        path = self.solver.solve(F, -local.gradient, M=M)
         x = path.last.x
-        curved = dot(x, local.curvature @ x)
-        mu = -dot(g, x) / curved if curved > 0 else 1.0
+        curved = abs(dot(x, local.curvature @ x))
+        mu = -dot(local.gradient, x) / curved if curved > 0 else 1.0
         return replace(path, points=tuple(replace(p, x=mu * p.x, model=mu * p.model) for p in path.points))
 
 
@@ -167,6 +196,9 @@ class NGHF(Descent):
     kind: Curvature = Curvature.GAUSS_NEWTON
     metric: Curvature = Curvature.EMPIRICAL_FISHER
 
+    def shift(self, local: LocalModel, damping: float) -> float:
+        return damping * local.metric_scale if damping else 0.0
+
     def propose(
         self,
         local: LocalModel,
@@ -176,13 +208,14 @@ class NGHF(Descent):
         M: LinearOperator | ChangingInverse | None = None,
     ) -> Path:
         g = local.gradient
-        first = self.natural.solve(_damped_by_share(_metric(self, local), damping, g), -g, M=M)
+        first = self.natural.solve(Shifted(local.known_metric, self.shift(local, damping)), -g, M=M)
         natural = first.last.x
         size = math.sqrt(dot(natural, natural))
         if not 0 < size < math.inf:
             return replace(first, points=())
         natural = natural * (math.sqrt(dot(g, g)) / size)
-        path = self.solver.solve(_damped_by_share(local.curvature, damping, g), natural, M=M)
+        B = Shifted(local.curvature, damping * local.curvature_scale if damping else 0.0)
+        path = self.solver.solve(B, natural, M=M)
         return replace(path, points=tuple(_of_best_length(point, natural, g) for point in path.points))
 
 
@@ -195,16 +228,3 @@ def _of_best_length(point: Iterate, b: Float[Tensor, " n"], g: Float[Tensor, " n
     if not (slope < 0 < curved):
         return point
     return replace(point, x=point.x * (-slope / curved), model=-(slope**2) / (2 * curved))
-
-
-def _metric(descent: Descent, local: LocalModel) -> LinearOperator:
-    if local.metric is None:
-        assert descent.metric is not None
-        name, metric = type(descent).__name__, descent.metric.name
-        raise ValueError(f"local.metric is None: {name} needs the {metric} operator in the local model")
-    return local.metric
-
-
-def _damped_by_share(B: LinearOperator, share: float, g: Float[Tensor, " n"]) -> LinearOperator:
-    """B + lambda I with lambda as a share of g'Bg / g'g."""
-    return B + share * max(0.0, dot(g, B @ g) / dot(g, g)) * Identity(B.size) if share else B

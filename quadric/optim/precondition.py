@@ -33,7 +33,7 @@ class Preconditioner(ABC):
             objective: the only one who sees data.
             local: the quadratic model to be solved.
             pairs: (p, B p) of the previous solve, oldest first; none in the first step.
-            damping: lambda.
+            damping: what is added to the diagonal of the matrix that is solved with.
         """
 
 

@@ -26,14 +26,14 @@ class Step:
     Attributes:
         direction: d, already scaled.
         value: f(theta + d).
-        model: the damped q of the path's point, before scaling.
+        whole: f(theta + the path's point), before scaling; infinite where it is not finite.
         point: index of the path's point the step comes from.
         scale: what the line search multiplied the point by.
     """
 
     direction: Float[Tensor, " n"]
     value: float
-    model: float
+    whole: float
     point: int
     scale: float
 
@@ -85,14 +85,14 @@ class Backtracking(Search):
                 break
             index, point, best = earlier, candidate, found
 
-        slope, scale = dot(local.gradient, point.x), 1.0
+        slope, scale, whole = dot(local.gradient, point.x), 1.0, best
         for attempt in range(self.attempts):
             if attempt:
                 scale *= self.shrink
                 best = at(scale * point.x)
             # The second: where the slope is not negative, the first allows a rise.
             if best <= local.value + self.sufficient * scale * slope and best < local.value:
-                return Step(scale * point.x, best, point.model, index, scale)
+                return Step(scale * point.x, best, whole, index, scale)
         return None
 
 
@@ -120,14 +120,14 @@ class BestIterate(Search):
         found = [(_finite(value(local.theta + p.x)), index, p) for index, p in _candidates(path)]
         if not found:
             return None
-        best, index, point = min(found, key=lambda item: item[:2])
-        scale = 1.0
+        whole, index, point = min(found, key=lambda item: item[:2])
+        best, scale = whole, 1.0
         for _ in range(self.attempts):
             if best < local.value:
                 break
             scale *= self.shrink
             best = _finite(value(local.theta + scale * point.x))
-        return Step(scale * point.x, best, point.model, index, scale) if best < local.value else None
+        return Step(scale * point.x, best, whole, index, scale) if best < local.value else None
 
 
 def _candidates(path: Path) -> list[tuple[int, Iterate]]:

@@ -42,7 +42,8 @@ class Diagnosis:
         new_value: there at theta + d, that is after a step with an ``lr`` of 1; ``old_value`` when it was rejected.
         gradient_norm: ||g||.
         step_norm: ||d||, 0 when rejected.
-        ratio: actual over predicted reduction, (f(theta + d) - f(theta)) / q(d); NaN when rejected.
+        ratio: actual over predicted reduction, (f(theta + d) - f(theta)) / q(d), of the step in its full length, before
+            the search shortened it; NaN when rejected.
         damping: the lambda the step was solved with.
         solver_steps: products of the solve, that is its iterations.
         products: with a curvature, all in all: of every run, of a warm start's residual, and of the ratio.
@@ -145,7 +146,8 @@ class SecondOrder(torch.optim.Optimizer):
         local = self._local_model(objective, theta, value, gradient)
         M = None
         if self.preconditioner is not None:
-            M = self.preconditioner.operator(objective, local, self._pairs(space), damping)
+            shift = self.descent.shift(local, damping)
+            M = self.preconditioner.operator(objective, local, self._pairs(space), shift)
         path = self.descent.propose(local, damping=damping, x0=self._previous(space), M=M)
         step = self.search.select(local, path, search)
         ratio = self._ratio(local, step)
@@ -180,12 +182,15 @@ class SecondOrder(torch.optim.Optimizer):
         return closure
 
     def _ratio(self, local: LocalModel, step: Step | None) -> float:
-        """Actual over predicted reduction, the prediction by the undamped model."""
+        """Actual over predicted reduction of the step in its full length, the prediction by the undamped model.
+
+        A line search only has to shorten far enough for any model to be right: it must not tell the damping so.
+        """
         if step is None:
             return math.nan
-        d = step.direction
+        d = step.direction / step.scale
         predicted = dot(local.gradient, d) + 0.5 * dot(d, local.curvature @ d)
-        return (step.value - local.value) / predicted if predicted < 0 else math.nan
+        return (step.whole - local.value) / predicted if predicted < 0 else math.nan
 
     def _move(self, space: ParameterSpace, direction: Float[Tensor, " n"]) -> None:
         rates = {id(p): float(group["lr"]) for group in self.param_groups for p in group["params"]}

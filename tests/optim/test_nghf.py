@@ -19,7 +19,7 @@ from quadric.loss.loss import CrossEntropy, SquaredError
 from quadric.objective.curvature import Curvature
 from quadric.objective.objective import Data, Objective
 from quadric.optim.damping import AfterRejection, Fixed
-from quadric.optim.descent import EVERY_ITERATE, NGHF, LocalModel, NaturalGradient, NewtonCG
+from quadric.optim.descent import EVERY_ITERATE, NGHF, Descent, LocalModel, NaturalGradient, NewtonCG, scale_along
 from quadric.optim.precondition import LBFGS
 from quadric.optim.search import Backtracking, BestIterate
 from quadric.optim.second_order import SecondOrder, natural_gradient, nghf
@@ -68,7 +68,7 @@ def test_nghf_is_two_solves_and_the_best_length(share: float) -> None:
     for point in path.points:
         torch.testing.assert_close(point.x, of_best_length(point.x, gradient, G), rtol=1e-8, atol=1e-10)
         assert point.model == pytest.approx(float(gradient @ point.x + point.x @ G @ point.x / 2), rel=1e-8)
-    with pytest.raises(ValueError, match=r"local\.metric is None: NGHF needs the EMPIRICAL_FISHER operator"):
+    with pytest.raises(ValueError, match=r"metric is None: natural gradient and NGHF need a Fisher matrix"):
         descent.propose(LocalModel(theta, 0.0, gradient, Matrix(G)), damping=0.1, x0=None)
 
 
@@ -96,6 +96,24 @@ def test_natural_gradient_solves_with_its_metric(metric: Curvature) -> None:
     )
     optimiser.step(objective)
     torch.testing.assert_close(objective.space.point() - theta, expected, rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("descent", [NaturalGradient(), NGHF()])
+def test_a_preconditioner_is_told_the_lambda_that_a_share_comes_to(descent: Descent) -> None:
+    _, objective = problem()
+    theta = objective.space.point()
+    g, F = objective.value_and_grad(theta)[1], objective.curvature(theta, Curvature.EMPIRICAL_FISHER)
+    local = LocalModel(theta, 0.0, g, objective.curvature(theta), F)
+    matrix = dense.matrix_of(F)
+    assert descent.shift(local, 0.0) == 0.0
+    assert descent.shift(local, 0.1) == pytest.approx(0.1 * float(g @ matrix @ g / (g @ g)))
+    assert NewtonCG().shift(local, 0.1) == 0.1
+
+
+def test_a_share_of_indefinite_curvature_is_a_length() -> None:
+    A = Matrix(torch.diag(torch.tensor([3.0, -4.0], dtype=torch.float64)))
+    assert scale_along(A, torch.tensor([2.0, 0.0], dtype=torch.float64)) == 3.0
+    assert scale_along(A, torch.tensor([0.0, 2.0], dtype=torch.float64)) == 4.0
 
 
 @pytest.mark.parametrize("build", [natural_gradient, nghf])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cases import draw, padded_classes
 from quadric.linalg.krylov import ConjugateGradient
-from quadric.linalg.operator import Identity
+from quadric.linalg.operator import Shifted
 from quadric.linalg.solver import Path
 from quadric.linalg.truncation import Residual
 from quadric.loss.loss import CrossEntropy, Loss, SquaredError
@@ -115,6 +115,21 @@ def test_the_diagnosis_tells_what_happened() -> None:
     assert found.record()["outcome"] == "accepted"
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.5, 1 / 1024])
+def test_the_ratio_is_of_the_whole_step_however_much_of_it_was_taken(scale: float) -> None:
+    """A step short enough is always what the model says; a damping that heard that would fall."""
+    ratios = []
+    for taken in (1.0, scale):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+        objective = Objective(model, CrossEntropy(), [(draw(4, 5, 3), padded_classes(5, 4, [5, 4, 3, 5]))])
+        descent = NewtonCG(ConjugateGradient(30, Residual(1e-10)), momentum=0.0)
+        optimiser = SecondOrder(model.parameters(), descent=descent, search=Taking(-1, taken), damping=Fixed(1e-4))
+        optimiser.step(objective)
+        ratios.append(seen(optimiser).ratio)
+    assert ratios[0] < 0.25 and ratios[1] == pytest.approx(ratios[0], rel=1e-9)
+
+
 def test_the_proposal_warm_starts_the_next_solve() -> None:
     model = nn.Linear(6, 1).double()
     x = draw(50, 6) * torch.logspace(-2, 1, 6, dtype=torch.float64)
@@ -126,7 +141,7 @@ def test_the_proposal_warm_starts_the_next_solve() -> None:
     proposal = None
     for _ in range(3):
         theta = point(model)
-        A = objective.curvature(theta) + 1e-4 * Identity(7)
+        A = Shifted(objective.curvature(theta), 1e-4)
         start = None if proposal is None else 0.9 * proposal
         path = solver.solve(A, -objective.value_and_grad(theta)[1], x0=start)
         optimiser.step(objective)
@@ -145,7 +160,8 @@ class Taking(Search):
 
     def select(self, local: LocalModel, path: Path, value: Value) -> Step:
         direction = self.scale * path.points[self.point].x
-        return Step(direction, value(local.theta + direction), path.points[self.point].model, self.point, self.scale)
+        whole = value(local.theta + direction / self.scale)
+        return Step(direction, value(local.theta + direction), whole, self.point, self.scale)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +171,7 @@ def test_the_last_iterate_is_kept_unless_the_step_was_shortened(taken: int, scal
     model = nn.Linear(6, 1).double()
     objective = Objective(model, SquaredError(), [(draw(50, 6), draw(50, 1, seed=1))])
     theta, solver = point(model), ConjugateGradient(4, Residual(1e-12))
-    A = objective.curvature(theta) + 0.1 * Identity(7)
+    A = Shifted(objective.curvature(theta), 0.1)
     path = solver.solve(A, -objective.value_and_grad(theta)[1])
     descent = NewtonCG(solver, momentum=0.0)
     optimiser = SecondOrder(model.parameters(), descent=descent, search=Taking(taken, scale), damping=Fixed(0.1))
