@@ -56,7 +56,7 @@ class ParameterSpace:
         """
         shapes = ", ".join(f"{name} {list(shape)}" for name, shape in zip(self.names, self._shapes, strict=True))
         words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[self.dtype.itemsize]
-        bits = sum(int(p.detach().contiguous().view(words).sum()) for p in self.parameters)
+        bits = int(torch.stack([p.detach().contiguous().view(words).sum() for p in self.parameters]).sum())
         return f"{shapes} of {self.dtype}, bits {bits % 2**64:016x}"
 
     def flatten(self, tensors: Iterable[Tensor]) -> Float[Tensor, " n"]:

@@ -136,8 +136,10 @@ class CurvatureOperator(LinearOperator):
         norm = math.sqrt(dot(v, v))
         factor = self.scale / norm if 0 < norm < math.inf and 0 < self.scale < math.inf else 1.0
         directions = self._space.split(v * factor)
-        total = torch.zeros_like(v)
+        total: Tensor | None = None
         for recorded in self._recorded:
-            total += self._space.flatten(recorded().product(directions))
+            product = self._space.flatten(recorded().product(directions))
+            total = product if total is None else total.add_(product)
+        total = torch.zeros_like(v) if total is None else total
         self._communicator.sum_(total)
         return total.div_(self._weight * factor)

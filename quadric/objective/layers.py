@@ -165,9 +165,14 @@ class _Unfused(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        fused = func not in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
-        with torch.backends.cudnn.flags(enabled=fused and torch.backends.cudnn.enabled):
+        if func not in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu):
             return func(*args, **(kwargs or {}))
+        enabled = torch.backends.cudnn.enabled
+        torch.backends.cudnn.enabled = False  # not by its context manager, which resets the other flags
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            torch.backends.cudnn.enabled = enabled
 
 
 @contextmanager

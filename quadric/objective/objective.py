@@ -6,9 +6,9 @@ Only an objective sees data. Solvers and optimisers see numbers and vectors.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import Enum
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ from quadric.linalg.vector import dot
 from quadric.loss.loss import Loss
 from quadric.objective.curvature import Curvature, CurvatureOperator, Linearisation, RecordedGradient
 from quadric.objective.layers import linearisable, twice_differentiable
+from quadric.objective.memory import free, retained
 from quadric.objective.sharing import uses_per_frame
 from quadric.space import ParameterSpace
 from quadric.stopwatch import Clock, Stopwatch
@@ -55,13 +56,14 @@ class Objective:
     Args:
         model: called with a micro-batch's inputs.
         loss: a `Loss`: sums over frames.
-        gradient: micro-batches ``(inputs, target)`` of the value and the gradient; read many times.
+        gradient: micro-batches ``(inputs, target)`` of the value and the gradient, a list or any other sequence; read
+            many times, one at a time.
         curvature: micro-batches of the curvature; default: those of the gradient.
         autocast: the type in which matrix products are computed, for example ``torch.bfloat16``; None: as they are.
             Vectors, sums and the loss stay in the parameters' type.
         seed: of the random layers, which draw other numbers on each rank.
-        memory: bytes that curvature may retain of its micro-batches; what goes beyond is recorded anew in every
-            product, at about three times the price. None: half of what is free when the curvature is asked for.
+        memory: bytes that a call of `curvatures` may retain of its micro-batches; what goes beyond is recorded anew in
+            every product, at about three times the price. None: half of what is free then.
         communicator: of the ranks that hold the data.
         clock: such as ``time.perf_counter``, to know where the time goes; None: it is not known.
 
@@ -138,13 +140,30 @@ class Objective:
         Raises:
             NotImplementedError: the loss has no such curvature.
         """
-        record = self._record_gradient if kind is Curvature.HESSIAN else partial(self._linearise, kind)
-        leaves = self._leaves(theta)
+        return self.curvatures(theta, (kind,))[0]
+
+    def curvatures(self, theta: Float[Tensor, " n"], kinds: Sequence[Curvature]) -> list[CurvatureOperator]:
+        """Several at once: those that are made of the model's Jacobian share one record of it, and one budget.
+
+        Raises:
+            NotImplementedError: the loss has no such curvature.
+        """
+        leaves, scale = self._leaves(theta), math.sqrt(dot(theta, theta))
         with self.stopwatch.on("products"):
-            batches = [partial(record, leaves, *batch) for batch in self._stream(self._curvature)]
-            recorded = _retained(batches, self._free() if self.memory is None else self.memory)
-        scale = math.sqrt(dot(theta, theta))
-        return CurvatureOperator(self.space, recorded, self.curvature_frames, scale, self.communicator, self.stopwatch)
+            batches = [partial(self._record, kinds, leaves, place) for place in range(len(self._curvature))]
+            budget = free(self.space.device, self.communicator.size) // 2 if self.memory is None else self.memory
+            recorded = retained(batches, budget)
+        return [
+            CurvatureOperator(
+                self.space,
+                [partial(_of_kind, kind, record) for record in recorded],
+                self.curvature_frames,
+                scale,
+                self.communicator,
+                self.stopwatch,
+            )
+            for kind in kinds
+        ]
 
     def fisher_diagonal(self, theta: Float[Tensor, " n"], draws: int = 4) -> Float[Tensor, " n"]:
         """An unbiased estimate of the diagonal of the empirical Fisher matrix, on the curvature's data.
@@ -190,36 +209,31 @@ class Objective:
         views = self.space.views(theta).values()
         return self.space.flatten(torch.full_like(view, mean) for view, mean in zip(views, means, strict=True))
 
-    def _linearise(
-        self, kind: Curvature, leaves: Mapping[str, Tensor], inputs: Tensor, target: Any, seed: int
-    ) -> Linearisation:
-        with torch.enable_grad(), linearisable():
-            output = self._output(inputs, seed, leaves)
-            at = output.detach()
-            if kind is Curvature.GAUSS_NEWTON:
-                product: Callable[[Tensor], Tensor] = partial(self.loss.curvature, at, target)
-            elif kind is Curvature.EMPIRICAL_FISHER:
-                product = self.loss.fisher(at, target)
-            else:
-                generator = torch.Generator(at.device).manual_seed(seed)
-                product = self.loss.fisher(at, self.loss.sample(at, target, generator))
-            return Linearisation.of(tuple(leaves.values()), output, product)
+    def _record(self, kinds: Sequence[Curvature], leaves: Mapping[str, Tensor], place: int) -> Recorded:
+        """What the curvatures need of one micro-batch."""
+        inputs, target, seed = self._at(self._curvature, place)
+        parameters, recorded = tuple(leaves.values()), Recorded()
+        if Curvature.HESSIAN in kinds:
+            with torch.enable_grad(), twice_differentiable():
+                value = self.loss(self._output(inputs, seed, leaves), target)
+                gradient = torch.autograd.grad(value, parameters, create_graph=True, materialize_grads=True)
+            recorded[Curvature.HESSIAN] = RecordedGradient(parameters, gradient)
+        of_jacobian = [kind for kind in kinds if kind is not Curvature.HESSIAN]
+        if of_jacobian:
+            with torch.enable_grad(), linearisable():
+                output = self._output(inputs, seed, leaves)
+                products = [self._output_curvature(kind, output.detach(), target, seed) for kind in of_jacobian]
+                linearised = Linearisation.of(parameters, output, products[0])
+            for kind, product in zip(of_jacobian, products, strict=True):
+                recorded[kind] = replace(linearised, output_curvature=product)
+        return recorded
 
-    def _record_gradient(
-        self, leaves: Mapping[str, Tensor], inputs: Tensor, target: Any, seed: int
-    ) -> RecordedGradient:
-        parameters = tuple(leaves.values())
-        with torch.enable_grad(), twice_differentiable():
-            value = self.loss(self._output(inputs, seed, leaves), target)
-            gradient = torch.autograd.grad(value, parameters, create_graph=True, materialize_grads=True)
-        return RecordedGradient(parameters, gradient)
-
-    def _free(self) -> int:
-        """Half of the free memory, in bytes."""
-        device = self.space.device
-        if device.type == "cuda":
-            return torch.cuda.mem_get_info(device)[0] // 2
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    def _output_curvature(self, kind: Curvature, at: Tensor, target: Any, seed: int) -> Callable[[Tensor], Tensor]:
+        if kind is Curvature.GAUSS_NEWTON:
+            return partial(self.loss.curvature, at, target)
+        if kind is Curvature.FISHER:
+            target = self.loss.sample(at, target, torch.Generator(at.device).manual_seed(seed))
+        return self.loss.fisher(at, target)
 
     def __call__(self) -> Tensor:
         """The torch closure: clears the gradients, sets them to those of the mean loss, returns the mean loss."""
@@ -236,6 +250,8 @@ class Objective:
 
     def _sum_gradients(self, total: Tensor) -> None:
         """Sums the parameters' gradients and ``total`` over the ranks; what no rank has a gradient of keeps none."""
+        if self.communicator.size == 1:
+            return
         parameters = self.space.parameters
         ranks = torch.tensor([p.grad is not None for p in parameters], dtype=total.dtype, device=total.device)
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
@@ -269,19 +285,24 @@ class Objective:
         return output.to(self.space.dtype)
 
     def _stream(self, batches: Sequence[MicroBatch]) -> Iterator[tuple[Tensor, Any, int]]:
-        device, ranks = self.space.device, self.communicator
-        for index, (inputs, target, *_) in enumerate(batches):
-            yield (
-                inputs.to(device),
-                target.to(device) if isinstance(target, Tensor) else target,
-                self.seed + index * ranks.size + ranks.rank,
-            )
+        return (self._at(batches, place) for place in range(len(batches)))
+
+    def _at(self, batches: Sequence[MicroBatch], place: int) -> tuple[Tensor, Any, int]:
+        """The inputs and the target of a micro-batch, on the model's device, and the seed of its random layers."""
+        (inputs, target, *_), device, ranks = batches[place], self.space.device, self.communicator
+        target = target.to(device) if isinstance(target, Tensor) else target
+        return inputs.to(device), target, self.seed + place * ranks.size + ranks.rank
 
     def _weigh(self, **sets: Sequence[MicroBatch]) -> list[float]:
         """The frames of all ranks in each set of micro-batches."""
         if not isinstance(self.loss, Loss):
             raise ValueError(f"loss={self.loss}: sums over frames are wanted, such as quadric.loss.loss.CrossEntropy()")
         for name, batches in sets.items():
+            if not isinstance(batches, Sequence):
+                raise ValueError(
+                    f"{name}={batches!r} is read many times, each time the same: give a list of micro-batches, such as "
+                    "[(inputs, target)], and not what shuffles or ends"
+                )
             if any(isinstance(batch, Tensor) for batch in batches):
                 raise ValueError(f"{name} holds tensors: give a list of micro-batches, such as [(inputs, target)]")
         own = [sum(float(self.loss.weight(target)) for _, target, *_ in batches) for batches in sets.values()]
@@ -296,52 +317,12 @@ class Objective:
         return frames.tolist()
 
 
-Recorded = Linearisation | RecordedGradient
+Recorded = dict[Curvature, Linearisation | RecordedGradient]
+"""What was recorded of a micro-batch, by the curvature it is for."""
 
 
-def _retained(batches: Sequence[Callable[[], Recorded]], memory: int) -> list[Callable[[], Recorded]]:
-    """Each micro-batch as recorded, as many as fit ``memory``; the others to be recorded when they are used.
-
-    The first stays in any case: a product needs the memory of one.
-    """
-    if len(batches) == 1:
-        return [partial(_same, batches[0]())]
-    kept: list[Callable[[], Recorded]] = []
-    for batch in batches:
-        if kept and memory <= 0:
-            kept.append(batch)
-            continue
-        weighed = _Weighed()
-        with weighed:
-            recorded = batch()
-        memory -= weighed.bytes
-        if kept and memory < 0:
-            del recorded
-            kept.append(batch)
-        else:
-            kept.append(partial(_same, recorded))
-    return kept
-
-
-def _same(recorded: Recorded) -> Recorded:
-    return recorded
-
-
-class _Weighed(torch.autograd.graph.saved_tensors_hooks):
-    """Counts the bytes of the tensors that autograd saves inside; views of one storage count once."""
-
-    def __init__(self) -> None:
-        self._storages: dict[int, int] = {}
-        super().__init__(self._count, lambda saved: saved)
-
-    @property
-    def bytes(self) -> int:
-        return sum(self._storages.values())
-
-    def _count(self, saved: Tensor) -> Tensor:
-        storage = saved.untyped_storage()
-        self._storages[storage.data_ptr()] = storage.nbytes()
-        return saved.detach()  # the tensor itself may know the node it is saved in: a circle that is never freed
+def _of_kind(kind: Curvature, record: Callable[[], Recorded]) -> Linearisation | RecordedGradient:
+    return record()[kind]
 
 
 class _Noise:

@@ -106,6 +106,8 @@ class SecondOrder(torch.optim.Optimizer):
         damping: Damping,
         preconditioner: Preconditioner | None = None,
     ) -> None:
+        if not isinstance(damping, Damping):
+            raise ValueError(f"damping={damping!r}: give a rule, such as quadric.optim.damping.Fixed(0.1)")
         super().__init__(params, {"lr": 1.0, "damping": damping.initial})
         self.descent, self.search, self.rule, self.preconditioner = descent, search, damping, preconditioner
         self.diagnosis: Diagnosis | None = None
@@ -162,10 +164,8 @@ class SecondOrder(torch.optim.Optimizer):
     def _local_model(self, objective: Objective, theta: Tensor, value: float, gradient: Tensor) -> LocalModel:
         if self.search.on is not Data.GRADIENT:
             value = objective.value(theta, self.search.on)
-        kinds = (self.descent.kind, self.descent.metric)
-        curvature, metric = (None if kind is None else _Products(objective.curvature(theta, kind)) for kind in kinds)
-        assert curvature is not None
-        return LocalModel(theta, value, gradient, curvature, metric)
+        kinds = [kind for kind in (self.descent.kind, self.descent.metric) if kind is not None]
+        return LocalModel(theta, value, gradient, *map(_Products, objective.curvatures(theta, kinds)))
 
     def _checked(self, closure: Any) -> Objective:
         if not isinstance(closure, Objective):

@@ -409,3 +409,29 @@ def test_outputs_that_no_parameter_reaches_curve_nothing() -> None:
     theta = ParameterSpace(model).point()
     both = dense.matrix_of(Objective(model, loss, [one, other]).curvature(theta))
     torch.testing.assert_close(both, dense.gauss_newton(model, loss, [one], theta) * 2 / 3)
+
+
+def test_curvatures_asked_for_together_share_one_record_of_the_model() -> None:
+    calls = 0
+
+    class Counting(nn.Sequential):
+        def forward(self, input: Tensor) -> Tensor:
+            nonlocal calls
+            calls += 1
+            return super().forward(input)
+
+    torch.manual_seed(0)
+    model = Counting(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+    batches = [(draw(4, 9, 3, seed=s), padded_classes(9, 4, [9, 7, 8, 9])) for s in range(3)]
+    objective, kinds = Objective(model, CrossEntropy(), batches), list(Curvature)
+    theta = objective.space.point()
+    singly = [dense.matrix_of(objective.curvature(theta, kind)) for kind in kinds]
+    calls = 0
+    together = objective.curvatures(theta, kinds[:3])
+    assert calls == 3
+    together += objective.curvatures(theta, kinds[3:])
+    for operator, expected in zip(together, singly, strict=True):
+        torch.testing.assert_close(dense.matrix_of(operator), expected, rtol=1e-12, atol=1e-14)
+    calls = 0
+    dense.matrix_of(Objective(model, CrossEntropy(), batches, memory=0).curvatures(theta, kinds)[0])
+    assert calls == 2 * (1 + 2 * len(theta))  # the first is retained, the others are recorded for every product

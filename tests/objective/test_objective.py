@@ -188,3 +188,5 @@ def test_misuse_is_explained() -> None:
         Objective(net(), CrossEntropy(), data())
     with pytest.raises(ValueError, match="curvature holds tensors: give a list"):
         Objective(net(), CrossEntropy(), [data()], data())
+    with pytest.raises(ValueError, match=r"gradient=<generator.* is read many times, each time the same: give a list"):
+        Objective(net(), CrossEntropy(), (batch for batch in [data()]))  # type: ignore[arg-type]

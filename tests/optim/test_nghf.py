@@ -117,6 +117,12 @@ def test_a_share_of_indefinite_curvature_is_a_length() -> None:
 
 
 @pytest.mark.parametrize("build", [natural_gradient, nghf])
+def test_a_number_is_no_damping_rule(build: Callable[..., SecondOrder]) -> None:
+    with pytest.raises(ValueError, match=r"damping=0\.1: give a rule, such as .*Fixed\(0\.1\)"):
+        build(nn.Linear(2, 2).parameters(), damping=0.1)
+
+
+@pytest.mark.parametrize("build", [natural_gradient, nghf])
 def test_the_iterate_is_chosen_on_the_curvatures_data(build: Callable[..., SecondOrder]) -> None:
     model, objective = problem()
     theta = objective.space.point()
