@@ -6,8 +6,8 @@ the utterance ends, its edge frame is repeated. Shorter windows are filled up at
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias, overload
 
 import numpy as np
 import torch
@@ -42,6 +42,36 @@ class Batch(NamedTuple):
     inputs: Float[Tensor, "B left+T+right D"]
     target: Int64[Tensor, "B T"] | list[Any]
     frames: int
+
+
+class Batches(Sequence[Batch]):
+    """Minibatches that are put together, each time the same, when they are looked at: one is in memory at a time.
+
+    Args:
+        make: the minibatch of a number.
+        count: how many there are.
+    """
+
+    def __init__(self, make: Callable[[int], Batch], count: int) -> None:
+        self._make, self._count = make, count
+        self._last: tuple[int, Batch] | None = None
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, place: int) -> Batch: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Batch]: ...
+    def __getitem__(self, place: int | slice) -> Batch | list[Batch]:
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(self._count))]
+        if not -self._count <= place < self._count:
+            raise IndexError(f"place={place}: there are {self._count} minibatches")
+        place %= self._count
+        if self._last is None or self._last[0] != place:
+            self._last = (place, self._make(place))
+        return self._last[1]
 
 
 def pad_context(features: Features, left: int, right: int) -> Features:

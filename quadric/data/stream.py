@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from quadric.data.batch import Batch, Example, Features, check_context, chunks, gather, gather_targets
+from quadric.data.batch import Batch, Batches, Example, Features, check_context, chunks, gather, gather_targets
 
 Transform: TypeAlias = Callable[[Float[Tensor, "B T D"], torch.Generator], Float[Tensor, "B T D"]]
 Items: TypeAlias = Int64[np.ndarray, " items"]
@@ -82,8 +82,10 @@ class FrameStream:
         self._epoch, self._position = 0, 0
         self._order = self._permutation(_ORDER, 0)
 
-    def draw(self, frames: int) -> list[Batch]:
+    def draw(self, frames: int) -> Batches:
         """The next items, just enough to reach ``frames`` target frames, in minibatches of similar lengths.
+
+        A minibatch is put together when it is looked at, and only the last one stays in memory.
 
         Raises:
             ValueError: ``frames`` is not positive.
@@ -101,7 +103,7 @@ class FrameStream:
                 self._position = stop
         return self._transformed(np.concatenate(taken), _TRANSFORM, *place)
 
-    def sample(self, frames: int, key: int) -> list[Batch]:
+    def sample(self, frames: int, key: int) -> Batches:
         """A random subset of the whole set, just enough to reach ``frames``; the stream does not move.
 
         The same ``key`` gives the same sample, different keys independent ones. It is transformed as draws are: what is
@@ -212,18 +214,20 @@ class FrameStream:
         doubled_middles = 2 * ends - self._lengths(items)
         return items[doubled_middles * self._ranks // (2 * ends[-1]) == self._rank]
 
-    def _transformed(self, items: Items, *place: int) -> list[Batch]:
+    def _transformed(self, items: Items, *place: int) -> Batches:
         """This rank's minibatches of ``items``, each transformed with the generator of its place."""
-        return [
-            self._transform_one(self._batch(some), (*place, i * self._ranks + self._rank))
-            for i, some in enumerate(self._pack(self._own(items)))
-        ]
+        packed, seed = list(self._pack(self._own(items))), self._seed
 
-    def _transform_one(self, batch: Batch, place: tuple[int, ...]) -> Batch:
+        def make(i: int) -> Batch:
+            own = np.random.SeedSequence(seed, spawn_key=(*place, i * self._ranks + self._rank))
+            return self._transform_one(self._batch(packed[i]), own)
+
+        return Batches(make, len(packed))
+
+    def _transform_one(self, batch: Batch, seed: np.random.SeedSequence) -> Batch:
         if self._transform is None:
             return batch
-        seed = np.random.SeedSequence(self._seed, spawn_key=place).generate_state(1, np.uint64)
-        generator = torch.Generator().manual_seed(int(seed[0]))
+        generator = torch.Generator().manual_seed(int(seed.generate_state(1, np.uint64)[0]))
         inputs = self._transform(batch.inputs, generator)
         if inputs.shape != batch.inputs.shape:
             raise ValueError(

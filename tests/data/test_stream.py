@@ -134,11 +134,12 @@ def test_transform_acts_on_draws_anew_each_time() -> None:
     assert not same(first, plain.draw(30))
     # With one utterance in one minibatch the two epochs differ in order and in masks.
     assert int((first[0].inputs == 0).sum()) > 0
-    zeros = [int((batch.inputs == 0).sum()) for batch in first + second + masked.draw(30) + masked.draw(30)]
+    draws = (first, second, masked.draw(30), masked.draw(30))
+    zeros = [int((batch.inputs == 0).sum()) for draw in draws for batch in draw]
     assert len(set(zeros)) > 1
     assert same(list(masked.everything()), list(plain.everything()))
     with pytest.raises(ValueError, match="keep the shape"):
-        stream(transform=lambda inputs, _: inputs[:, 1:]).draw(1)
+        _ = stream(transform=lambda inputs, _: inputs[:, 1:]).draw(1)[0]
 
 
 def test_samples_are_transformed_by_their_key_alone() -> None:
@@ -155,10 +156,30 @@ def test_samples_are_transformed_by_their_key_alone() -> None:
         return inputs
 
     data = stream(transform=record, micro_frames=10)
-    minibatches = len(data.draw(60)) + sum(len(data.sample(60, key)) for key in range(3))
+    minibatches = len(list(data.draw(60))) + sum(len(list(data.sample(60, key))) for key in range(3))
     assert minibatches > 3 and len(set(seeds)) == minibatches
-    stream(transform=record, micro_frames=10, seed=6).sample(60, 0)
+    list(stream(transform=record, micro_frames=10, seed=6).sample(60, 0))
     assert len(set(seeds)) > minibatches
+
+
+def test_a_draw_is_the_same_whenever_it_is_looked_at_and_keeps_one_minibatch() -> None:
+    made: list[int] = []
+
+    def record(inputs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        made.append(generator.initial_seed())
+        return inputs + torch.rand(inputs.shape, generator=generator)
+
+    data = stream(transform=record, micro_frames=10)
+    draw = data.draw(60)
+    assert not made and len(draw) > 3
+    first = list(draw)
+    data.load_state_dict(data.state_dict() | {"seed": 12})
+    assert same(draw, first) and same(draw[1:3], first[1:3]) and same([draw[-1]], first[-1:])
+    made.clear()
+    assert draw[-1] is draw[len(draw) - 1] and not made  # the last one looked at
+    for place in (len(draw), -len(draw) - 1):
+        with pytest.raises(IndexError, match=f"place={place}"):
+            _ = draw[place]
 
 
 def test_every_minibatch_has_a_generator_of_its_own() -> None:
@@ -169,7 +190,7 @@ def test_every_minibatch_has_a_generator_of_its_own() -> None:
         return inputs
 
     data = stream(transform=record)
-    minibatches = sum(len(data.draw(60)) for _ in range(5))
+    minibatches = sum(len(list(data.draw(60))) for _ in range(5))
     assert minibatches > 5 and len(set(seeds)) == minibatches
 
 
@@ -262,7 +283,7 @@ def test_ranks_transform_with_numbers_of_their_own() -> None:
     minibatches = 0
     for rank in range(3):
         shard = stream([6] * 30, micro_frames=12, transform=record, shard=(rank, 3))
-        minibatches += sum(len(shard.draw(90)) for _ in range(3))
+        minibatches += sum(len(list(shard.draw(90))) for _ in range(3))
     assert minibatches > 9 and len(set(seeds)) == minibatches
 
 

@@ -105,7 +105,7 @@ def test_a_rank_killed_within_a_product_leaves_the_others_as_they_were(tmp_path:
     ids=["shapes", "values"],
 )
 def test_ranks_with_other_models_are_refused(kinds: list[dict[str, int]], message: str, tmp_path: Path) -> None:
-    batches = training.speech().draw(60)
+    batches = list(training.speech().draw(60))
     for result in run(tmp_path, 3, training.builds, kinds, batches):
         with pytest.raises(ValueError, match=f"the ranks disagree on the model: {message}"):
             raise result
