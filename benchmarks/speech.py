@@ -62,7 +62,7 @@ def main() -> None:
     model = system.model.train()
     targets = {id: np.argmax(row, 1) for id, row in scores.items()}
     stream = FrameStream(features, targets, context=(model.left_context, model.right_context))
-    batches = [stream.draw(2048) for _ in range(24)]
+    batches = [list(stream.draw(2048)) for _ in range(24)]
     autocast = torch.bfloat16 if chosen.autocast else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     for warm in batches[:4]:
