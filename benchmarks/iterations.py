@@ -9,7 +9,9 @@ iterations, with the scaling and without and in every `--precision` of the matri
 updates on the same frames. The held-out frames are looked at before and after, outside the clock, in float32.
 
 `--method`: nghf, natural gradient and then Hessian-free; ng, natural gradient alone; hf, the same short run on the
-Gauss-Newton matrix. All choose the best iterate on the curvature's frames and are undamped until a step is rejected.
+Gauss-Newton matrix. All choose the best iterate on the curvature's frames; nghf rests at a damping of 0.01, the others at
+none, unless `--damping` fixes it (0 is the paper's). hessian_free: that of Martens with two iterations for each of nghf's
+one, and Levenberg-Marquardt damping from 0.3 on.
 
 Columns: precision, iterations of each run, scaling, held-out loss, held-out frames right, seconds of all updates,
 updates accepted of all. The first row is the start. The JSON rows also count how updates and solves ended, products and
@@ -32,13 +34,15 @@ from common import Table, Training
 from frames import Speech, add_speech_options, load_speech
 from quadric.objective.curvature import Curvature, CurvatureOperator
 from quadric.objective.objective import Objective
+from quadric.optim.damping import Fixed
 from quadric.optim.sampling import FixedSizes
-from quadric.optim.second_order import SecondOrder, natural_gradient, nghf
+from quadric.optim.second_order import SecondOrder, hessian_free, natural_gradient, nghf
 
 METHODS: dict[str, Callable[..., SecondOrder]] = {
     "nghf": nghf,
     "ng": natural_gradient,
     "hf": partial(natural_gradient, metric=Curvature.GAUSS_NEWTON),
+    "hessian_free": lambda params, iterations: hessian_free(params, damping=0.3, max_steps=2 * iterations),
 }
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Of matrix products, by autocast."""
@@ -72,7 +76,8 @@ def train(
 ) -> dict[str, Any]:
     """One row: a number of updates from the start."""
     model = speech.again()
-    optimizer = METHODS[chosen.method](model.parameters(), iterations=iterations)
+    damping = {} if chosen.damping is None else {"damping": Fixed(chosen.damping)}
+    optimizer = METHODS[chosen.method](model.parameters(), iterations=iterations, **damping)
     training = Training(
         optimizer,
         FixedSizes(speech.share(chosen.gradient), speech.share(chosen.curvature)),
@@ -95,6 +100,7 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_speech_options(parser)
     parser.add_argument("--method", choices=list(METHODS), default="nghf", help="(default: %(default)s)")
+    parser.add_argument("--damping", type=float, help="fixed, as a share of the curvature (default: the method's rule)")
     parser.add_argument("--iterations", type=int, nargs="+", default=[1, 2, 3, 5, 8, 16, 50, 200], metavar="N",
                         help="of each run of conjugate gradients (default: 1 2 3 5 8 16 50 200)")  # fmt: skip
     parser.add_argument("--precision", nargs="+", choices=list(PRECISIONS), default=["float32"],
