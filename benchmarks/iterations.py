@@ -9,9 +9,9 @@ iterations, with the scaling and without and in every `--precision` of the matri
 updates on the same frames. The held-out frames are looked at before and after, outside the clock, in float32.
 
 `--method`: nghf, natural gradient and then Hessian-free; ng, natural gradient alone; hf, the same short run on the
-Gauss-Newton matrix. All choose the best iterate on the curvature's frames; nghf rests at a damping of 0.01, the others at
-none, unless `--damping` fixes it (0 is the paper's). hessian_free: that of Martens with two iterations for each of nghf's
-one, and Levenberg-Marquardt damping from 0.3 on.
+Gauss-Newton matrix. All choose the best iterate on the curvature's frames; nghf rests at a damping of 0.01, the others
+at none, unless `--damping` fixes it (0 is the paper's). hessian_free: that of Martens with two iterations for each of
+nghf's one, and Levenberg-Marquardt damping from 0.3 on.
 
 Columns: precision, iterations of each run, scaling, held-out loss, held-out frames right, seconds of all updates,
 updates accepted of all. The first row is the start. The JSON rows also count how updates and solves ended, products and
