@@ -21,6 +21,10 @@ class Outcome(Enum):
     INDEFINITE_PRECONDITIONER = "the preconditioner is not positive definite: the best iterate before it was kept"
     EXHAUSTED = "the Krylov space is exhausted: the residual cannot be made smaller"
     NON_FINITE = "a product or an inner product was not finite: the best iterate before it was kept"
+    NON_FINITE_OBJECTIVE = (
+        "the loss or its gradient is not finite where the parameters are, which stay as they were: look for NaN or "
+        "infinity in them and in the data"
+    )
     ACCEPTED = "the step was accepted"
     NO_DECREASE = "no point of the path lowers the objective: the step was rejected"
 

@@ -82,15 +82,18 @@ class FrameStream:
         self._epoch, self._position = 0, 0
         self._order = self._permutation(_ORDER, 0)
 
-    def draw(self, frames: int) -> Batches:
+    def draw(self, frames: int, parts: int = 1) -> Batches:
         """The next items, just enough to reach ``frames`` target frames, in minibatches of similar lengths.
 
-        A minibatch is put together when it is looked at, and only the last one stays in memory.
+        A minibatch is put together when it is looked at, and only the last one stays in memory. There are ``parts`` of
+        them on all ranks together, or about as many, also where fewer would hold the frames.
 
         Raises:
-            ValueError: ``frames`` is not positive.
+            ValueError: ``frames`` or ``parts`` is not positive.
         """
         _check_frames(frames)
+        if parts < 1:
+            raise ValueError(f"parts is {parts}; give one minibatch at least")
         place = (self._epoch, self._position)
         taken, missing = [], frames
         while missing > 0:
@@ -101,7 +104,7 @@ class FrameStream:
                 self._go_to(self._epoch + 1, 0)
             else:
                 self._position = stop
-        return self._transformed(np.concatenate(taken), _TRANSFORM, *place)
+        return self._transformed(np.concatenate(taken), _TRANSFORM, *place, parts=parts)
 
     def sample(self, frames: int, key: int) -> Batches:
         """A random subset of the whole set, just enough to reach ``frames``; the stream does not move.
@@ -126,7 +129,7 @@ class FrameStream:
         Of ``share=(rank, ranks)``, only each ``ranks``-th minibatch, from that of the number ``rank`` on.
         """
         rank, ranks = share
-        for number, items in enumerate(self._pack(np.arange(len(self._windows)))):
+        for number, items in enumerate(self._pack(np.arange(len(self._windows)), self._micro_frames)):
             if number % ranks == rank:
                 yield self._batch(items)
 
@@ -190,13 +193,13 @@ class FrameStream:
     def _lengths(self, items: Items) -> Int64[np.ndarray, " items"]:
         return self._windows[items, 2] - self._windows[items, 1]
 
-    def _pack(self, items: Items) -> Iterator[Items]:
-        """Splits ``items``, longest first, into minibatches that fit ``micro_frames`` when padded."""
+    def _pack(self, items: Items, most: int) -> Iterator[Items]:
+        """Splits ``items``, longest first, into minibatches of ``most`` frames when padded."""
         lengths = self._lengths(items)
         longest_first = np.argsort(-lengths, kind="stable")
         start = 0
         while start < len(items):
-            fits = max(1, self._micro_frames // int(lengths[longest_first[start]]))
+            fits = max(1, most // int(lengths[longest_first[start]]))
             yield items[longest_first[start : start + fits]]
             start += fits
 
@@ -214,13 +217,15 @@ class FrameStream:
         doubled_middles = 2 * ends - self._lengths(items)
         return items[doubled_middles * self._ranks // (2 * ends[-1]) == self._rank]
 
-    def _transformed(self, items: Items, *place: int) -> Batches:
+    def _transformed(self, items: Items, *place: int, parts: int = 1) -> Batches:
         """This rank's minibatches of ``items``, each transformed with the generator of its place."""
-        packed, seed = list(self._pack(self._own(items))), self._seed
+        own = self._own(items)
+        each = -(-int(self._lengths(own).sum()) // -(-parts // self._ranks))
+        packed, seed = list(self._pack(own, max(1, min(each, self._micro_frames)))), self._seed
 
         def make(i: int) -> Batch:
-            own = np.random.SeedSequence(seed, spawn_key=(*place, i * self._ranks + self._rank))
-            return self._transform_one(self._batch(packed[i]), own)
+            here = np.random.SeedSequence(seed, spawn_key=(*place, i * self._ranks + self._rank))
+            return self._transform_one(self._batch(packed[i]), here)
 
         return Batches(make, len(packed))
 

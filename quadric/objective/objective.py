@@ -147,7 +147,11 @@ class Objective:
 
         Raises:
             NotImplementedError: the loss has no such curvature.
+            ValueError: a kind is no `Curvature`, or the loss's curvature is not symmetric.
         """
+        for kind in kinds:
+            if not isinstance(kind, Curvature):
+                raise ValueError(f"kind={kind!r}: give a Curvature, such as Curvature.GAUSS_NEWTON")
         leaves, scale = self._leaves(theta), math.sqrt(dot(theta, theta))
         with self.stopwatch.on("products"):
             batches = [partial(self._record, kinds, leaves, place) for place in range(len(self._curvature))]
@@ -224,6 +228,9 @@ class Objective:
                 output = self._output(inputs, seed, leaves)
                 products = [self._output_curvature(kind, output.detach(), target, seed) for kind in of_jacobian]
                 linearised = Linearisation.of(parameters, output, products[0])
+            if place == 0:
+                for kind, product in zip(of_jacobian, products, strict=True):
+                    _check_symmetric(kind, product, output.detach(), self.loss)
             for kind, product in zip(of_jacobian, products, strict=True):
                 recorded[kind] = replace(linearised, output_curvature=product)
         return recorded
@@ -309,6 +316,8 @@ class Objective:
         frames = torch.tensor(own, dtype=torch.float64, device=self.space.device)
         self.communicator.sum_(frames)
         for (name, batches), weight in zip(sets.items(), frames.tolist(), strict=True):
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"{name} weighs {weight} frames by loss={self.loss}: weights must not be negative")
             if not weight:
                 others = ", nor has any other rank" if self.communicator.size > 1 else ""
                 raise ValueError(
@@ -319,6 +328,20 @@ class Objective:
 
 Recorded = dict[Curvature, Linearisation | RecordedGradient]
 """What was recorded of a micro-batch, by the curvature it is for."""
+
+
+def _check_symmetric(kind: Curvature, product: Callable[[Tensor], Tensor], like: Tensor, loss: Loss) -> None:
+    """u'Hv = v'Hu for two random directions in output space: what the solvers take for granted."""
+    generator = torch.Generator().manual_seed(0)
+    u, v = (torch.randn(like.shape, generator=generator).to(like) for _ in range(2))
+    Hu, Hv = product(u), product(v)
+    left, right = float((u * Hv).sum(dtype=torch.float64)), float((v * Hu).sum(dtype=torch.float64))
+    size = float(Hu.norm()) * float(v.norm())
+    if abs(left - right) > 1e-3 * size:
+        raise ValueError(
+            f"loss={loss}: its {kind.name} curvature is not symmetric (u'Hv = {left:g}, v'Hu = {right:g}): give it the "
+            "symmetric part, (H + H')/2, or the solvers solve another system"
+        )
 
 
 def _of_kind(kind: Curvature, record: Callable[[], Recorded]) -> Linearisation | RecordedGradient:

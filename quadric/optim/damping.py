@@ -47,6 +47,11 @@ class LevenbergMarquardt(Damping):
             raise ValueError(f"initial={self.initial}: damping must be positive; for none, use Fixed(0.0)")
         if not self.boost > 1 > self.drop > 0:
             raise ValueError(f"boost={self.boost}, drop={self.drop}: need boost > 1 > drop > 0")
+        if not self.low < self.high or not self.minimum < self.maximum:
+            raise ValueError(
+                f"low={self.low}, high={self.high}, minimum={self.minimum}, maximum={self.maximum}: need low < high "
+                "and minimum < maximum"
+            )
 
     def update(self, value: float, ratio: float, *, whole: bool = True) -> float:
         if not ratio >= self.low or math.isnan(ratio):
@@ -59,6 +64,10 @@ class Fixed(Damping):
     """Always the same lambda."""
 
     initial: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.initial < math.inf:
+            raise ValueError(f"initial={self.initial}: give 0 for no damping, or a positive lambda")
 
     def update(self, value: float, ratio: float, *, whole: bool = True) -> float:
         return value

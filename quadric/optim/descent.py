@@ -182,11 +182,16 @@ class NGHF(Descent):
     The paper's lambda is 0. Otherwise it is a share of either matrix along the gradient, as in `NaturalGradient`; with
     much of it d turns towards the gradient.
 
+    The pairs of the path are those of run 1, for its next preconditioner. By pairs of its own, run 2 would come to its
+    solution in a few iterates, none of them short: without damping that solution is often too far, and the search
+    lives on the iterates before it.
+
     Attributes:
         natural: solver of run 1, whose last iterate is handed on.
         solver: solver of run 2.
         kind: B.
         metric: F.
+        preconditions: whether M is for run 2 as well.
     """
 
     natural: KrylovSolver = field(default_factory=lambda: ConjugateGradient(8, FixedIterations(8)))
@@ -195,6 +200,7 @@ class NGHF(Descent):
     )
     kind: Curvature = Curvature.GAUSS_NEWTON
     metric: Curvature = Curvature.EMPIRICAL_FISHER
+    preconditions: bool = True
 
     def shift(self, local: LocalModel, damping: float) -> float:
         return damping * local.metric_scale if damping else 0.0
@@ -215,8 +221,9 @@ class NGHF(Descent):
             return replace(first, points=())
         natural = natural * (math.sqrt(dot(g, g)) / size)
         B = Shifted(local.curvature, damping * local.curvature_scale if damping else 0.0)
-        path = self.solver.solve(B, natural, M=M)
-        return replace(path, points=tuple(_of_best_length(point, natural, g) for point in path.points))
+        path = self.solver.solve(B, natural, M=M if self.preconditions else None)
+        points = tuple(_of_best_length(point, natural, g) for point in path.points)
+        return replace(path, points=points, pairs=first.pairs)
 
 
 def _of_best_length(point: Iterate, b: Float[Tensor, " n"], g: Float[Tensor, " n"]) -> Iterate:

@@ -33,7 +33,12 @@ class Seen(NamedTuple):
 
 
 class Sampler(ABC):
-    """The rule by which samples grow; none grows beyond the training set."""
+    """The rule by which samples grow; none grows beyond the training set.
+
+    ``parts`` is how many micro-batches it wants the gradient's sample in, at least.
+    """
+
+    parts: int = 1
 
     @abstractmethod
     def sizes(self, seen: Seen) -> Sizes:
@@ -106,13 +111,14 @@ class VarianceTested(Sampler):
 
     The test is ||Var||_1 / |S| <= theta^2 ||g_S||^2 (equation 3.9); where it fails, |S| becomes what would pass it. The
     variance is that between the gradient's micro-batches, which the gradient pass sees anyway. A sample of a single
-    micro-batch, which tells nothing of it, grows.
+    micro-batch, which tells nothing of it, grows; ``parts`` sees to it that there are more.
 
     Attributes:
         gradient: frames in the first step.
         share: the curvature's sample as a share of the gradient's.
         theta: of the test, between 0 and 1.
         growth: the most that one step may multiply the sample by.
+        parts: micro-batches at least.
 
     >>> sampler, last = VarianceTested(100, share=0.1, theta=0.5), Sizes(100, 10)
     >>> [sampler.sizes(Seen(3, 10_000, last, noise)) for noise in (0.4, 0.75)]
@@ -123,14 +129,17 @@ class VarianceTested(Sampler):
     share: float = 0.1
     theta: float = 0.5
     growth: float = 4.0
+    parts: int = 16
 
     def __post_init__(self) -> None:
         _positive(gradient=self.gradient)
         for name in ("share", "theta"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be over 0 and at most 1")
-        if not self.growth > 1:
-            raise ValueError(f"growth={self.growth}: must be over 1, or the sample never grows")
+        if not 1 < self.growth < math.inf:
+            raise ValueError(f"growth={self.growth}: must be over 1, or the sample never grows, and finite")
+        if self.parts < 2:
+            raise ValueError(f"parts={self.parts}: one micro-batch tells nothing of the variance; give 2 at least")
 
     def sizes(self, seen: Seen) -> Sizes:
         if seen.last is None:

@@ -68,7 +68,7 @@ class Backtracking(Search):
     on: Data = Data.GRADIENT
 
     def __post_init__(self) -> None:
-        _check_shrink(self.shrink)
+        _check(self.shrink, self.attempts, least=1)
 
     def select(self, local: LocalModel, path: Path, value: Value) -> Step | None:
         def at(step: Tensor) -> float:
@@ -114,7 +114,7 @@ class BestIterate(Search):
     on: Data = Data.CURVATURE
 
     def __post_init__(self) -> None:
-        _check_shrink(self.shrink)
+        _check(self.shrink, self.attempts, least=0)
 
     def select(self, local: LocalModel, path: Path, value: Value) -> Step | None:
         found = [(_finite(value(local.theta + p.x)), index, p) for index, p in _candidates(path)]
@@ -135,9 +135,11 @@ def _candidates(path: Path) -> list[tuple[int, Iterate]]:
     return [(i, p) for i, p in enumerate(path.points) if p.step > 0 or bool(p.x.any())]
 
 
-def _check_shrink(shrink: float) -> None:
+def _check(shrink: float, attempts: int, least: int) -> None:
     if not 0 < shrink < 1:
         raise ValueError(f"shrink={shrink}: a factor between 0 and 1")
+    if attempts < least:
+        raise ValueError(f"attempts={attempts}: give {least} at least")
 
 
 def _finite(value: float) -> float:

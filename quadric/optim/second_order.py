@@ -142,7 +142,7 @@ class SecondOrder(torch.optim.Optimizer):
             local = LocalModel(theta, value, gradient, Identity(space.size))
             self._remember(space, None, ())
             self.param_groups[0]["damping"] = self.rule.update(damping, math.nan)
-            nothing = Path((), Outcome.NON_FINITE)
+            nothing = Path((), Outcome.NON_FINITE_OBJECTIVE)
             return _diagnose(objective, value, local, nothing, None, math.nan, damping, 0)
         search = _Counted(partial(objective.value, data=self.search.on))
         local = self._local_model(objective, theta, value, gradient)
@@ -200,6 +200,12 @@ class SecondOrder(torch.optim.Optimizer):
     def _previous(self, space: ParameterSpace) -> Float[Tensor, " n"] | None:
         if any("proposal" not in self.state[p] for p in space.parameters):
             return None
+        for name, p in zip(space.names, space.parameters, strict=True):
+            if self.state[p]["proposal"].shape != p.shape:
+                raise ValueError(
+                    f"the optimiser's state has shape {tuple(self.state[p]['proposal'].shape)} for {name}, the model "
+                    f"{tuple(p.shape)}: load the state_dict of an optimiser of this model"
+                )
         return space.flatten(self.state[p]["proposal"] for p in space.parameters)
 
     def _pairs(self, space: ParameterSpace) -> tuple[Pair, ...]:
@@ -367,13 +373,14 @@ def nghf(
         damping: the rule of lambda in either run, a share of the curvature (see `NGHF`); default: a hundredth, more
             where a step fails. The paper's is ``Fixed(0.0)``: as good from a trained start, slower from a random one.
         search: among the second run's iterates; default: the best on the curvature's data.
-        preconditioner: of both runs.
+        preconditioner: of both runs; one that is made of pairs, of the first alone (see `NGHF`).
     """
-    second = _solver(preconditioner, iterations, FixedIterations(iterations), storage_ratio=EVERY_ITERATE)
-    first = replace(second, storage_ratio=1.3, pairs=None)  # its last iterate is what is handed on
+    first = _solver(preconditioner, iterations, FixedIterations(iterations))
+    by_pairs = first.pairs is not None
+    second = _solver(None if by_pairs else preconditioner, iterations, FixedIterations(iterations), EVERY_ITERATE)
     return SecondOrder(
         params,
-        descent=NGHF(first, second, metric=metric),
+        descent=NGHF(first, second, metric=metric, preconditions=not by_pairs),
         search=search or BestIterate(),
         damping=damping or AfterRejection(initial=0.01),
         preconditioner=preconditioner,
@@ -386,5 +393,7 @@ def _solver(
     """Conjugate gradients as the preconditioner needs them."""
     if preconditioner is None:
         return ConjugateGradient(max_steps, stop, storage_ratio)
+    if not isinstance(preconditioner, Preconditioner):
+        raise ValueError(f"preconditioner={preconditioner!r}: give one such as quadric.optim.precondition.LBFGS()")
     kind = FlexibleCG if preconditioner.changes else ConjugateGradient
     return kind(max_steps, stop, storage_ratio, preconditioner.pairs)

@@ -257,7 +257,7 @@ class Trainer:
         objective = Objective(
             self.model,
             self.loss,
-            self.stream.draw(sizes.gradient),
+            self.stream.draw(sizes.gradient, self.plan.sampler.parts),
             self.stream.sample(sizes.curvature, key=self.update) if sizes.curvature else None,
             autocast=torch.bfloat16 if self.plan.autocast else None,
             seed=hash((self.plan.seed, self.update)) % 2**31,

@@ -435,3 +435,22 @@ def test_curvatures_asked_for_together_share_one_record_of_the_model() -> None:
     calls = 0
     dense.matrix_of(Objective(model, CrossEntropy(), batches, memory=0).curvatures(theta, kinds)[0])
     assert calls == 2 * (1 + 2 * len(theta))  # the first is retained, the others are recorded for every product
+
+
+class Skewed(SquaredError):
+    """A curvature that is not symmetric."""
+
+    def curvature(self, output: Tensor, target: Tensor, v: Tensor) -> Tensor:
+        return v + v.roll(1, -1)
+
+
+def test_a_curvature_that_is_not_symmetric_is_refused() -> None:
+    objective = Objective(nn.Linear(3, 4).double(), Skewed(), [(draw(6, 3), draw(6, 4, seed=1))])
+    with pytest.raises(ValueError, match=r"loss=Skewed\(\): its GAUSS_NEWTON curvature is not symm.*symmetric part"):
+        objective.curvature(objective.space.point())
+
+
+def test_a_kind_of_curvature_that_is_none_is_refused() -> None:
+    objective = Objective(nn.Linear(3, 4).double(), SquaredError(), [(draw(6, 3), draw(6, 4, seed=1))])
+    with pytest.raises(ValueError, match="kind='fisher': give a Curvature"):
+        objective.curvature(objective.space.point(), "fisher")  # type: ignore[arg-type]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -25,6 +27,17 @@ def data(rows: int = 6) -> tuple[Tensor, Tensor]:
 
 def split(inputs: Tensor, target: Tensor, sizes: list[int]) -> list[MicroBatch]:
     return list(zip(inputs.split(sizes), target.split(sizes), strict=True))
+
+
+class Weighing(CrossEntropy):
+    """Its frames weigh so much each."""
+
+    def __init__(self, each: float) -> None:
+        super().__init__()
+        self.each = each
+
+    def weight(self, target: Tensor) -> Tensor:
+        return self.each * super().weight(target)
 
 
 def test_value_and_gradient_equal_the_twin() -> None:
@@ -188,5 +201,10 @@ def test_misuse_is_explained() -> None:
         Objective(net(), CrossEntropy(), data())
     with pytest.raises(ValueError, match="curvature holds tensors: give a list"):
         Objective(net(), CrossEntropy(), [data()], data())
+    negative = Weighing(-1.0)
+    with pytest.raises(ValueError, match=r"gradient weighs -\d+\.\d+ frames by loss=Weighing.*must not be negative"):
+        Objective(net(), negative, [data()])
+    with pytest.raises(ValueError, match=r"gradient weighs nan frames"):
+        Objective(net(), Weighing(math.nan), [data()])
     with pytest.raises(ValueError, match=r"gradient=<generator.* is read many times, each time the same: give a list"):
         Objective(net(), CrossEntropy(), (batch for batch in [data()]))  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from quadric.linalg.krylov import ConjugateGradient
 from quadric.linalg.operator import Matrix
 from quadric.linalg.pairs import LastPairs
 from quadric.linalg.solver import Iterate, Path
-from quadric.linalg.truncation import Residual
+from quadric.linalg.truncation import FixedIterations, Residual
 from quadric.loss.loss import CrossEntropy, SquaredError
 from quadric.objective.curvature import Curvature
 from quadric.objective.objective import Data, Objective
@@ -114,6 +115,28 @@ def test_a_share_of_indefinite_curvature_is_a_length() -> None:
     A = Matrix(torch.diag(torch.tensor([3.0, -4.0], dtype=torch.float64)))
     assert scale_along(A, torch.tensor([2.0, 0.0], dtype=torch.float64)) == 3.0
     assert scale_along(A, torch.tensor([0.0, 2.0], dtype=torch.float64)) == 4.0
+
+
+def test_both_runs_of_nghf_are_preconditioned_by_a_diagonal_and_the_first_alone_by_pairs() -> None:
+    _, objective = problem()
+    theta = objective.space.point()
+    g, F = objective.value_and_grad(theta)[1], objective.curvature(theta, Curvature.EMPIRICAL_FISHER)
+    local = LocalModel(theta, 0.0, g, objective.curvature(theta), F)
+    M = Matrix(dense.random_spd(len(theta)))
+    one = ConjugateGradient(1, FixedIterations(1), EVERY_ITERATE, LastPairs(3))
+    for both in (True, False):
+        path = NGHF(one, replace(one, pairs=None), preconditions=both).propose(local, damping=0.0, x0=None, M=M)
+        natural = M @ g  # one preconditioned iteration goes along M g
+        expected = M @ natural if both else natural
+        cosine = torch.dot(path.last.x, -expected) / path.last.x.norm() / expected.norm()
+        assert float(cosine) == pytest.approx(1.0, abs=1e-9)
+        (pair,) = path.pairs
+        torch.testing.assert_close(pair.y, F @ pair.s)
+
+
+def test_nghf_rests_at_a_hundredth_and_natural_gradient_at_none() -> None:
+    rules = {build: build(nn.Linear(2, 2).parameters()).rule for build in (nghf, natural_gradient)}
+    assert rules == {nghf: AfterRejection(initial=0.01), natural_gradient: AfterRejection(initial=0.0)}
 
 
 @pytest.mark.parametrize("build", [natural_gradient, nghf])

@@ -43,6 +43,8 @@ def test_the_variance_test_asks_for_what_would_pass_it() -> None:
     assert sampler.sizes(Seen(1, 10**6, Sizes(100, 20), 0.5)) == Sizes(100, 20)
     assert sampler.sizes(Seen(1, 10**6, Sizes(100, 20), 1.0)) == Sizes(400, 80)
     assert sampler.sizes(Seen(1, 10**6, Sizes(100, 20), 5.0)) == Sizes(1000, 200)
+    assert sampler.sizes(Seen(1, 10**6, Sizes(100, 20), 0.1)) == Sizes(100, 20)
+    assert sampler.sizes(Seen(1, 10**6, Sizes(100, 20), math.nan)) == Sizes(1000, 200)
 
 
 def test_noise_is_the_standard_error_of_the_gradient() -> None:
@@ -75,6 +77,9 @@ def test_noise_of_one_micro_batch_is_not_known() -> None:
         (lambda: GeometricSizes(10, 10, most=0), "most=0"),
         (lambda: VarianceTested(10, theta=0.0), "theta=0.0"),
         (lambda: VarianceTested(10, growth=1.0), "growth=1.0"),
+        (lambda: VarianceTested(10, growth=math.inf), "growth=inf"),
+        (lambda: VarianceTested(10, parts=1), "parts=1"),
+        (lambda: FixedSizes(10, -1), "curvature=-1"),
     ],
 )
 def test_misuse_is_named(build: Callable[[], Sampler], message: str) -> None:

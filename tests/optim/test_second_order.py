@@ -232,7 +232,7 @@ def test_curvature_that_is_not_finite_is_an_outcome() -> None:
     model, objective = number(1.0, PerOutput(torch.square, lambda z: z * math.nan))
     optimiser = newton(model, LevenbergMarquardt(1.0))
     optimiser.step(objective)
-    assert (seen(optimiser).solver, seen(optimiser).outcome) == (Outcome.NON_FINITE, Outcome.NON_FINITE)
+    assert seen(optimiser).solver is seen(optimiser).outcome is Outcome.NON_FINITE
     assert (float(point(model)), seen(optimiser).evaluations) == (1.0, 0)
 
 
@@ -240,7 +240,7 @@ def test_an_objective_that_is_not_finite_is_an_outcome() -> None:
     model, objective = number(-1.0, PerOutput(torch.log, torch.ones_like))
     optimiser = newton(model, LevenbergMarquardt(1.0))
     assert math.isnan(optimiser.step(objective))
-    assert (seen(optimiser).solver, seen(optimiser).outcome) == (Outcome.NON_FINITE, Outcome.NON_FINITE)
+    assert seen(optimiser).solver is seen(optimiser).outcome is Outcome.NON_FINITE_OBJECTIVE
     assert (float(point(model)), seen(optimiser).evaluations) == (-1.0, 0)
     assert optimiser.param_groups[0]["damping"] == 1.5
 
@@ -281,3 +281,13 @@ def test_at_a_minimum_nothing_changes_not_even_the_damping() -> None:
     assert optimizer.diagnosis.outcome is Outcome.ZERO_RIGHT_HAND_SIDE
     assert torch.equal(objective.space.point(), before)
     assert optimizer.param_groups[0]["damping"] == 0.5
+
+
+def test_the_state_of_another_model_is_named() -> None:
+    model, other = nn.Linear(3, 1).double(), nn.Linear(4, 1).double()
+    optimisers = [hessian_free(m.parameters()) for m in (model, other)]
+    for optimiser, m in zip(optimisers, (model, other), strict=True):
+        optimiser.step(Objective(m, SquaredError(), [(draw(9, m.in_features), draw(9, 1, seed=1))]))
+    optimisers[0].load_state_dict(optimisers[1].state_dict())
+    with pytest.raises(ValueError, match=r"state has shape \(1, 4\) for weight, the model \(1, 3\): load"):
+        optimisers[0].step(Objective(model, SquaredError(), [(draw(9, 3), draw(9, 1, seed=1))]))

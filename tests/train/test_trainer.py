@@ -54,7 +54,7 @@ METHODS = {
     "hessian_free, growing": (_hessian_free, Plan(8, GeometricSizes(300, 100, 1.15, 1.15), evaluations=5, seed=3)),
     "hessian_free, tested": (
         _hessian_free,
-        Plan(8, VarianceTested(200, 0.4, theta=0.6, growth=1.3), evaluations=5, seed=3),
+        Plan(8, VarianceTested(200, 0.4, theta=0.8, growth=1.3), evaluations=5, seed=3),
     ),
 }
 
