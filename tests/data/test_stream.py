@@ -185,10 +185,10 @@ def test_a_draw_is_the_same_whenever_it_is_looked_at_and_keeps_one_minibatch() -
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_a_draw_comes_in_as_many_parts_as_are_wanted(ranks: int) -> None:
     shards = [stream([6] * 60, chunk=6, micro_frames=60, shard=(rank, ranks)) for rank in range(ranks)]
-    together = [shard.draw(120) for shard in shards]
-    apart = [shard.draw(120, 6) for shard in shards]
+    together = [shard.draw(144) for shard in shards]
+    apart = [shard.draw(144, 6) for shard in shards]
     assert sum(map(len, together)) < 6 == sum(map(len, apart))
-    assert sum(batch.frames for draw in apart for batch in draw) == 120
+    assert sum(batch.frames for draw in apart for batch in draw) == 144
     with pytest.raises(ValueError, match="parts is 0"):
         shards[0].draw(10, 0)
 
