@@ -3,18 +3,19 @@
 The files are those of ``torch.distributed.checkpoint``: the ranks, which hold the same state, share the work of writing
 it, each tensor by one of them. A checkpoint is a numbered folder within the folder it is asked for. It is filled under
 another name and takes its number when it is whole and on the disk of all ranks; only then do older ones go. Whatever
-kills the job, the highest number is a whole checkpoint. Ranks on several machines need a file system that they share.
+kills the job, the highest number is a whole checkpoint. Checksums tell whether a tensor is what was written. Ranks on
+several machines need a file system that they share.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import enum
-import hashlib
 import json
 import pickle
 import shutil
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path, PurePath
@@ -29,7 +30,7 @@ from quadric.comm.collective import Collective
 from quadric.comm.communicator import Communicator
 from quadric.files import Unwritable, new_folder, writing_to
 
-_STRUCTURE = "structure"
+_STRUCTURE, _CHECKSUM = "structure", "checksum"
 _PLAIN = (bool, int, float, str, type(None))
 _ERRORS: dict[str, type[Exception]] = {e.__name__: e for e in (ValueError, FileNotFoundError, Unwritable)}
 
@@ -48,10 +49,10 @@ def save(state: dict[str, Any], folder: Path, communicator: Communicator) -> Non
         Unwritable: one of the ranks cannot write there; on all ranks.
         RuntimeError: another rank died or fell silent.
     """
-    tensors = _taken_apart(state)
-    shapes = [(name, tensor.dtype, list(tensor.shape)) for name, tensor in tensors.items()]
-    structure = hashlib.sha256(tensors[_STRUCTURE].numpy().tobytes()).hexdigest()
-    communicator.agree("the state to save", [*shapes, structure])
+    tensors, structure = _taken_apart(state)
+    communicator.agree("the state to save", structure)
+    tensors[_STRUCTURE] = torch.frombuffer(bytearray(structure.encode()), dtype=torch.uint8)
+    tensors[_CHECKSUM] = torch.tensor(_checksum(tensors[_STRUCTURE]))
 
     with ExitStack() as stack:
 
@@ -97,8 +98,9 @@ def load(folder: Path, communicator: Communicator) -> dict[str, Any]:
     tensors: dict[str, Tensor] = {}
 
     def allocate() -> str:
+        metadata = _Reader(place).read_metadata()
         with _reading(place):
-            for name, kept in _Reader(place).read_metadata().state_dict_metadata.items():
+            for name, kept in metadata.state_dict_metadata.items():
                 if not isinstance(kept, dcp.TensorStorageMetadata):
                     raise ValueError(f"{name} is not a tensor")
                 tensors[name] = torch.empty(kept.size, dtype=kept.properties.dtype)
@@ -107,8 +109,17 @@ def load(folder: Path, communicator: Communicator) -> dict[str, Any]:
     _together(communicator, f"reading {place}", allocate)
     with _shared(communicator, f"reading {place}"):
         dcp.load(tensors, storage_reader=_Reader(place), **_alone(communicator))
-    with _reading(place):
-        return _put_together(json.loads(tensors.pop(_STRUCTURE).numpy().tobytes()), tensors)
+    state: dict[str, Any] = {}
+
+    def put_together() -> str:
+        with _reading(place):
+            if _checksum(tensors[_STRUCTURE]) != int(tensors[_CHECKSUM]):
+                raise ValueError(f"{_STRUCTURE} is not what was written")
+            state.update(_put_together(json.loads(tensors[_STRUCTURE].numpy().tobytes()), tensors))
+        return ""
+
+    _together(communicator, f"checking {place}", put_together)
+    return state
 
 
 def _numbers(folder: Path) -> list[int]:
@@ -116,8 +127,8 @@ def _numbers(folder: Path) -> list[int]:
     return [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
 
 
-def _taken_apart(state: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors by the paths to them, and how they and all other values stand to each other, as JSON in a tensor."""
+def _taken_apart(state: dict[str, Any]) -> tuple[dict[str, Tensor], str]:
+    """The tensors by the paths to them, and how they, by their records, and all other values stand to each other."""
     tensors: dict[str, Tensor] = {}
 
     def node(value: Any, path: str) -> Any:
@@ -125,7 +136,7 @@ def _taken_apart(state: dict[str, Any]) -> dict[str, Tensor]:
             while path in tensors:  # 1 and "1" are two keys of one dict
                 path += "'"
             tensors[path] = value.detach()
-            return {"tensor": path}
+            return {"tensor": [path, *_record(tensors[path])]}
         if isinstance(value, dict):
             for key in value:
                 if type(key) not in (str, int):
@@ -140,17 +151,31 @@ def _taken_apart(state: dict[str, Any]) -> dict[str, Tensor]:
             )
         return value
 
-    structure = json.dumps(node(state, "state")).encode()
-    return {**tensors, _STRUCTURE: torch.frombuffer(bytearray(structure), dtype=torch.uint8)}
+    structure = json.dumps(node(state, "state"))
+    return tensors, structure
+
+
+def _record(tensor: Tensor) -> list[Any]:
+    """What is kept of a tensor to know it again."""
+    return [str(tensor.dtype), list(tensor.shape), _checksum(tensor)]
+
+
+def _checksum(tensor: Tensor) -> int:
+    """CRC-32 of the bytes of its elements, as they are on a CPU, row by row."""
+    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    return zlib.crc32(plain.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _put_together(node: Any, tensors: dict[str, Tensor]) -> Any:
-    """The state that `_taken_apart` took apart."""
+    """The state that `_taken_apart` took apart, if its tensors are the same to the bit."""
     if not isinstance(node, dict):
         return node
     ((kind, inside),) = node.items()
     if kind == "tensor":
-        return tensors[inside]
+        path, *record = inside
+        if _record(tensors[path]) != record:
+            raise ValueError(f"{path} is not what was written")
+        return tensors[path]
     if kind == "dict":
         return {key: _put_together(item, tensors) for key, item in inside}
     items = [_put_together(item, tensors) for item in inside]

@@ -14,7 +14,7 @@ import torch
 from quadric.comm.checkpoint import load, save
 from quadric.comm.communicator import Solo
 from quadric.files import Unwritable
-from reference.checkpoints import same, state
+from reference.checkpoints import flip, same, state
 
 ALONE = Solo()
 
@@ -75,7 +75,34 @@ def overwrite(path: Path) -> None:
 def test_damage_is_told_with_the_folder(name: str, damage: Callable[[Path], None], tmp_path: Path) -> None:
     save(state(1), tmp_path, ALONE)
     damage(tmp_path / "1" / name)
-    with pytest.raises(ValueError, match=rf"folder={tmp_path}/1 is not a checkpoint of this program"):
+    with pytest.raises(ValueError, match=rf"folder={tmp_path}/1 is not a checkpoint of this program") as error:
+        load(tmp_path, ALONE)
+    assert str(error.value).count("is not a checkpoint") == 1
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.linspace(0, 1, 50),
+        torch.linspace(0, 1, 50).bfloat16(),
+        torch.linspace(0, 1, 60).view(6, 10).T,
+        torch.tensor(torch.pi, dtype=torch.float64),
+        torch.arange(70) % 3 == 0,
+        torch.tensor([1 + 2j, 3 - 4j]).conj(),
+    ],
+    ids=["float32", "bfloat16", "not contiguous", "0-d", "bool", "conjugate"],
+)
+def test_one_flipped_byte_of_a_tensor_is_told(tensor: torch.Tensor, tmp_path: Path) -> None:
+    save({"a": [tensor]}, tmp_path, ALONE)
+    flip(tmp_path / "1" / "__0_0.distcp", bytes(tensor.untyped_storage().tolist()))
+    with pytest.raises(ValueError, match=rf"folder={tmp_path}/1 is not a checkpoint .*state/a/0 is not what was wri"):
+        load(tmp_path, ALONE)
+
+
+def test_one_flipped_byte_of_what_is_no_tensor_is_told(tmp_path: Path) -> None:
+    save({"lr": 0.125}, tmp_path, ALONE)
+    flip(tmp_path / "1" / "__0_0.distcp", b"0.125")
+    with pytest.raises(ValueError, match=rf"folder={tmp_path}/1 is not a checkpoint .*structure is not what was wri"):
         load(tmp_path, ALONE)
 
 

@@ -4,6 +4,7 @@ import errno
 from pathlib import Path
 
 import pytest
+import torch
 
 from quadric.comm.communicator import Solo
 from quadric.files import Unwritable
@@ -76,6 +77,10 @@ def test_what_one_rank_cannot_read_all_are_told(tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match=rf"folder={folder}: no checkpoint there"):
             raise result
     checkpoints.saves(ALONE, folder, 1)
+    checkpoints.flip(folder / "1" / "__0_0.distcp", torch.ones(30, 40).numpy().tobytes())
+    for result in run(tmp_path, 2, checkpoints.loads, folder):
+        with pytest.raises(ValueError, match=rf"folder={folder}/1 is not .*state/model/weight is not what was written"):
+            raise result
     for name in ("__0_0.distcp", ".metadata"):
         (folder / "1" / name).write_bytes(b"damaged")
         for result in run(tmp_path, 2, checkpoints.loads, folder):
@@ -87,8 +92,9 @@ def test_a_rank_may_have_a_checkpoint_of_its_own(tmp_path: Path) -> None:
     assert run(tmp_path, 2, checkpoints.saves_and_loads_alone, tmp_path) == [0, 1]
 
 
-def test_ranks_with_other_states_are_refused(tmp_path: Path) -> None:
-    for result in run(tmp_path, 2, checkpoints.saves_other_states, tmp_path / "state"):
-        with pytest.raises(ValueError, match=r"the ranks disagree on the state to save"):
+@pytest.mark.parametrize("what", ["weight", "seconds"])
+def test_ranks_with_other_states_are_refused(what: str, tmp_path: Path) -> None:
+    for result in run(tmp_path, 2, checkpoints.saves_other_states, tmp_path / "state", what):
+        with pytest.raises(ValueError, match=rf"the ranks disagree on the state to save: .*{what}"):
             raise result
     assert not (tmp_path / "state").exists()

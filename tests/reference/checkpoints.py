@@ -47,6 +47,14 @@ def same(a: Any, b: Any) -> bool:
     return type(a) is type(b) and a == b
 
 
+def flip(path: Path, content: bytes) -> None:
+    """Flips a bit in the middle of ``content``, which the file holds once."""
+    before, found, after = path.read_bytes().partition(content)
+    assert found and content not in after
+    middle = len(content) // 2
+    path.write_bytes(before + content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :] + after)
+
+
 def saves(communicator: Communicator, folder: Path, step: int) -> None:
     checkpoint.save(state(step), folder, communicator)
 
@@ -68,8 +76,11 @@ def saves_and_loads_alone(communicator: Communicator, folder: Path) -> int:
     return step
 
 
-def saves_other_states(communicator: Communicator, folder: Path) -> None:
-    checkpoint.save({"weight": torch.zeros(2), "seconds": 1.0 + communicator.rank}, folder, communicator)
+def saves_other_states(communicator: Communicator, folder: Path, what: str) -> None:
+    """Rank 1 has one more in one tensor, or number."""
+    value: dict[str, Any] = {"weight": torch.zeros(2), "seconds": 1.0}
+    value[what] += communicator.rank
+    checkpoint.save(value, folder, communicator)
 
 
 def dies_at(communicator: Communicator, folder: Path, rank: int, event: str, path: str) -> str | None:
