@@ -90,9 +90,10 @@ def load(folder: Path, communicator: Communicator) -> dict[str, Any]:
     def newest() -> str:
         with _reading(folder):
             numbers = _numbers(folder) if communicator.rank == 0 else [0]
+            whole = [number for number in numbers if (folder / str(number) / ".metadata").exists()]
         if not numbers:
             raise FileNotFoundError(f"folder={folder}: no checkpoint there")
-        return str(max(numbers))
+        return str(max(whole or numbers))
 
     place = folder / _together(communicator, f"the search for a checkpoint in {folder}", newest)[0]
     tensors: dict[str, Tensor] = {}
@@ -123,8 +124,9 @@ def load(folder: Path, communicator: Communicator) -> dict[str, Any]:
 
 
 def _numbers(folder: Path) -> list[int]:
-    """Of the checkpoints in ``folder``."""
-    return [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+    """Of the checkpoints in ``folder``, whole or not."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return [int(name) for name in names if name.isdecimal() and name == str(int(name))]
 
 
 def _taken_apart(state: dict[str, Any]) -> tuple[dict[str, Tensor], str]:

@@ -31,6 +31,26 @@ def test_the_last_one_stays_alone(tmp_path: Path) -> None:
         assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_ten_is_newer_than_nine(tmp_path: Path) -> None:
+    for number in (9, 10):
+        save(state(number), tmp_path / "one", ALONE)
+        (tmp_path / "state").mkdir(exist_ok=True)
+        (tmp_path / "one" / "1").rename(tmp_path / "state" / str(number))
+    assert load(tmp_path / "state", ALONE)["step"] == 10
+    save(state(11), tmp_path / "state", ALONE)
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["11"]
+
+
+@pytest.mark.parametrize("name", ["9", "²"])
+def test_a_stray_folder_is_no_checkpoint(name: str, tmp_path: Path) -> None:
+    save(state(1), tmp_path, ALONE)
+    (tmp_path / name).mkdir()
+    assert load(tmp_path, ALONE)["step"] == 1
+    for step in (2, 3):
+        save(state(step), tmp_path, ALONE)
+        assert load(tmp_path, ALONE)["step"] == step
+
+
 def test_a_failed_save_leaves_the_old_one(tmp_path: Path, small_disk: Callable[[str], Path]) -> None:
     disk = small_disk("64k") / "state"
     save(state(1), disk, ALONE)
@@ -57,6 +77,8 @@ def test_what_is_no_data_is_refused(value: object, tmp_path: Path) -> None:
 
 
 def test_nothing_there(tmp_path: Path) -> None:
+    for name in ("²", "٣", "007", "1.old"):
+        (tmp_path / name).mkdir()
     for folder in (tmp_path, tmp_path / "absent"):
         with pytest.raises(FileNotFoundError, match=rf"folder={folder}: no checkpoint there"):
             load(folder, ALONE)
