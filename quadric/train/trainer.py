@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import signal
 import threading
 import time
@@ -42,6 +43,9 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT_SECONDS = 60.0
 """A crash loses at most this much work, or one update where that takes longer."""
+
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+"""How Python writes where in memory an object without a description is: elsewhere on each rank."""
 
 
 class Interrupted(Exception):
@@ -190,7 +194,7 @@ class Trainer:
         Raises:
             Diverged: the objective or the held-out loss is not finite.
             Interrupted: on SIGINT or SIGTERM, after the update under way, with everything saved.
-            ValueError: the ranks have other plans or data.
+            ValueError: the ranks have other plans, data, models, losses or optimisers, or the folder is damaged.
             RuntimeError: another rank died or fell silent.
         """
         if self._leads:
@@ -349,9 +353,7 @@ class Trainer:
 
     def _load(self) -> bool:
         """Goes to the place of the saved state, if there is one, on all ranks."""
-        held_out = self.held_out and self.held_out.state_dict()
-        data = (self.stream.state_dict(), held_out)
-        self.communicator.agree("the training", (self.plan, type(self.optimizer).__qualname__, self.updates, data))
+        self._agree()
         try:
             state = together.load(self.folder / "state", self.communicator)
         except FileNotFoundError:
@@ -366,6 +368,17 @@ class Trainer:
         self.communicator.agree("the place in the training", (self.update, self.drawn))
         return True
 
+    def _agree(self) -> None:
+        """Checks what the ranks must have alike: those that sum other things in a step would fail without a reason."""
+        held_out = self.held_out and self.held_out.state_dict()
+        self.communicator.agree("the training", (self.plan, self.updates, self.stream.state_dict(), held_out))
+        for what, described in (
+            ("the model's layers", repr(self.model)),
+            ("the loss", repr(self.loss)),
+            ("the optimiser", _described(self.optimizer)),
+        ):
+            self.communicator.agree(what, " ".join(_ADDRESS.sub("", described).split()))
+
     def _take(self, state: Mapping[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -376,6 +389,19 @@ class Trainer:
         self._sizes = Sizes(*state["sizes"]) if state["sizes"] else None
         self.seconds, self.best = state["seconds"], state["best"]
         self._objectives = state["objectives"]
+
+
+def _described(optimizer: Optimizer) -> str:
+    """The options of its groups, without the parameters, and the parts that it is made of."""
+    groups = [
+        # A tensor is written as its number: in full, and without the device.
+        {name: o.tolist() if isinstance(o, Tensor) else o for name, o in group.items() if name != "params"}
+        for group in optimizer.param_groups
+    ]
+    parts: tuple[object, ...] = ()
+    if isinstance(optimizer, SecondOrder):
+        parts = (optimizer.descent, optimizer.search, optimizer.rule, optimizer.preconditioner)
+    return f"{type(optimizer).__qualname__} {groups} {parts}"
 
 
 def _clock(device: torch.device) -> Clock:

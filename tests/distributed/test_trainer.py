@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -166,9 +167,30 @@ def test_a_diverged_training_ends_all_ranks_alike(tmp_path: Path) -> None:
 
 
 def test_ranks_that_train_otherwise_are_refused(tmp_path: Path) -> None:
-    for result in run(tmp_path, 2, trainings.trains_otherwise, tmp_path / "shared", "plan"):
-        with pytest.raises(ValueError, match=r"the ranks disagree on the training: .*gradient=130.*gradient=131"):
-            raise result
-    result = run(tmp_path, 2, trainings.trains_otherwise, tmp_path / "shared", "shard")[1]
+    ways = {
+        "plan": ("the training", "gradient=130", "gradient=131"),
+        "activation": ("the model's layers", r"Tanh\(\)", r"ReLU\(\)"),
+        "dropout": ("the model's layers", "p=0.25", "p=0.5"),
+        "loss": ("the loss", "CrossEntropy", "Bernoulli"),
+        "method": ("the optimiser", "AdamW", "NAdam"),
+        "lr": ("the optimiser", "'lr': 0.00999", "'lr': 0.01000"),
+        "max_steps": ("the optimiser", "max_steps=5", "max_steps=6"),
+        "search": ("the optimiser", "shrink=0.5", "shrink=0.7"),
+        "rule": ("the optimiser", "AfterRejection", "Fixed"),
+        "preconditioner": ("the optimiser", "None", "SharedCounts"),
+    }
+    first, second = run(tmp_path, 2, trainings.refusals, tmp_path / "shared", list(ways))
+    assert first == second
+    for message, (what, one, other) in zip(first, ways.values(), strict=True):
+        assert re.fullmatch(rf"the ranks disagree on {what}: rank 0 has .*{one}.*, rank 1 has .*{other}.*", message)
+        assert len(message) < 400
+
+
+def test_places_in_memory_need_not_be_the_same(tmp_path: Path) -> None:
+    assert run(tmp_path, 2, trainings.trains_otherwise, tmp_path / "shared", "address") == [None, None]
+
+
+def test_a_rank_with_the_data_of_another_is_refused(tmp_path: Path) -> None:
+    result = run(tmp_path, 2, trainings.trains_with_the_shard_of_rank_0, tmp_path / "shared")[1]
     with pytest.raises(ValueError, match=r"stream has the shard \(0, 1\) on the rank \(1, 2\): give it shard=\(1, 2\)"):
         raise result

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,9 +16,12 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import quadric.train.trainer
 from quadric.comm.communicator import Communicator, Solo
-from quadric.loss.loss import CrossEntropy
+from quadric.loss.loss import Bernoulli, CrossEntropy
+from quadric.optim.damping import AfterRejection, Fixed
+from quadric.optim.precondition import Preconditioner, SharedCounts
 from quadric.optim.sampling import FixedSizes, GeometricSizes
-from quadric.optim.second_order import hessian_free
+from quadric.optim.search import Backtracking
+from quadric.optim.second_order import hessian_free, natural_gradient
 from quadric.train.trainer import Plan, Trainer, evaluate
 from reference.ranks import die
 from reference.training import network, parameters, speech
@@ -123,12 +127,54 @@ def kill() -> None:
     die()
 
 
+class Unscaled(Preconditioner):
+    """None at all, and without a description."""
+
+    def operator(self, *_: Any) -> None:
+        return None
+
+
+OPTIMISERS: dict[str, tuple[Callable[..., Any], ...]] = {
+    "method": (torch.optim.AdamW, torch.optim.NAdam),
+    "lr": tuple(partial(torch.optim.AdamW, lr=torch.tensor(lr)) for lr in (0.01, 0.0100001)),
+    "max_steps": tuple(partial(hessian_free, max_steps=n) for n in (5, 6)),
+    "search": tuple(partial(natural_gradient, search=Backtracking(shrink=a)) for a in (0.5, 0.7)),
+    "rule": tuple(partial(natural_gradient, damping=rule) for rule in (AfterRejection(initial=0.1), Fixed(0.1))),
+    "preconditioner": tuple(partial(natural_gradient, preconditioner=M) for M in (None, SharedCounts())),
+    "address": tuple(partial(hessian_free, preconditioner=M) for M in (Unscaled(), Unscaled())),
+}
+
+
 def trains_otherwise(communicator: Communicator, folder: Path, how: str) -> None:
-    """Rank 1 has another plan, or the shard of rank 0."""
+    """Rank 1 has another plan, layer, loss or optimiser, or the same part at another address."""
+    training, rank = trainer(communicator, folder, "AdamW"), communicator.rank
+    if how == "plan":
+        training.plan = Plan(4, FixedSizes((130, 131)[rank]), evaluations=5)
+    elif how == "activation":
+        training.model[2] = (nn.Tanh(), nn.ReLU())[rank]
+    elif how == "dropout":
+        training.model[3] = nn.Dropout((0.25, 0.5)[rank])
+    elif how == "loss":
+        training.loss = (CrossEntropy(), Bernoulli())[rank]
+    else:
+        training.optimizer = OPTIMISERS[how][rank](training.model.parameters())
+    training.fit()
+
+
+def refusals(communicator: Communicator, folder: Path, ways: list[str]) -> list[str]:
+    """What the rank is told when the ranks train otherwise in each of the ways."""
+    told = []
+    for how in ways:
+        try:
+            trains_otherwise(communicator, folder / how, how)
+        except ValueError as error:
+            told.append(str(error))
+    return told
+
+
+def trains_with_the_shard_of_rank_0(communicator: Communicator, folder: Path) -> None:
     training = trainer(communicator, folder, "AdamW")
-    if communicator.rank == 1 and how == "plan":
-        training.plan = Plan(4, FixedSizes(131), evaluations=5)
-    if communicator.rank == 1 and how == "shard":
+    if communicator.rank == 1:
         Trainer(
             training.model, training.loss, training.optimizer, speech(), None, training.plan, folder,
             communicator=communicator,
