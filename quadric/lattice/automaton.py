@@ -15,6 +15,8 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Float64, Int32, Int64
 
+from quadric.lattice.arrays import check_types
+
 
 @dataclass(frozen=True, eq=False)
 class Automaton:
@@ -57,15 +59,7 @@ class Automaton:
             "weight": np.float64,
             "final": np.float64,
         }
-        for name, dtype in types.items():
-            array = getattr(self, name)
-            if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype != dtype:
-                raise ValueError(
-                    f"{name} must be a one-dimensional {np.dtype(dtype).name} array, not {_describe(array)}; "
-                    "Automaton.from_arcs builds one from plain numbers"
-                )
-            if not array.flags.c_contiguous:
-                raise ValueError(f"{name} must be contiguous; pass numpy.ascontiguousarray({name})")
+        check_types(self, types)
         lengths = {name: len(getattr(self, name)) for name in ("source", "target", "pdf", "weight")}
         if len(set(lengths.values())) != 1:
             raise ValueError(f"source, target, pdf and weight must have one entry per arc; their lengths are {lengths}")
@@ -146,9 +140,3 @@ class Automaton:
 
     def __getstate__(self) -> dict[str, object]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
-
-
-def _describe(array: object) -> str:
-    if isinstance(array, np.ndarray):
-        return f"{array.dtype} of shape {array.shape}"
-    return type(array).__name__
