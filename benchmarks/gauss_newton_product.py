@@ -107,7 +107,7 @@ def jvp_vjp(objective: Objective, inputs: Tensor, target: Tensor) -> Product:
 
         with torch.backends.mkldnn.flags(enabled=not _recurrent(model)):
             output, tangent = jvp(forward, (parameters,), (dict(space.views(v)),))
-            curved = loss.curvature(output, target, tangent)
+            curved = loss.curvature(output, target)(tangent)
             (gradient,) = vjp(forward, parameters)[1](curved)
         return space.flatten(gradient[name] for name in space.names) / objective.curvature_frames
 

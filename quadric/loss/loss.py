@@ -32,8 +32,11 @@ class Loss(nn.Module):
         """The number of frames that count, a scalar."""
         raise NotImplementedError
 
-    def curvature(self, output: Tensor, target: Any, v: Tensor) -> Tensor:
-        """The product of the loss's Hessian with respect to ``output`` with ``v``, in the shape of ``output``."""
+    def curvature(self, output: Tensor, target: Any) -> Callable[[Tensor], Tensor]:
+        """v -> H v with the loss's Hessian H with respect to ``output``, in the shape of ``output``.
+
+        What H needs of the data is computed once, and not in every product.
+        """
         raise NotImplementedError(
             f"{type(self).__name__} has no curvature in output space: train it with a first-order optimiser"
         )
@@ -78,11 +81,10 @@ class CrossEntropy(Loss):
         return (target != PADDING).sum()
 
     def curvature(
-        self, output: Float[Tensor, "*B C"], target: Int[Tensor, "*B"], v: Float[Tensor, "*B C"]
-    ) -> Float[Tensor, "*B C"]:
-        p = torch.softmax(output, -1)
-        product = p * (v - (p * v).sum(-1, keepdim=True))
-        return product * (target != PADDING).unsqueeze(-1)
+        self, output: Float[Tensor, "*B C"], target: Int[Tensor, "*B"]
+    ) -> Callable[[Float[Tensor, "*B C"]], Float[Tensor, "*B C"]]:
+        p = torch.softmax(output, -1) * (target != PADDING).unsqueeze(-1)
+        return lambda v: p * (v - (p * v).sum(-1, keepdim=True))
 
     def sample(
         self, output: Float[Tensor, "*B C"], target: Int[Tensor, "*B"], generator: torch.Generator
@@ -102,9 +104,9 @@ class SquaredError(Loss):
         return torch.tensor(target[..., 0].numel())
 
     def curvature(
-        self, output: Float[Tensor, "*B C"], target: Float[Tensor, "*B C"], v: Float[Tensor, "*B C"]
-    ) -> Float[Tensor, "*B C"]:
-        return v
+        self, output: Float[Tensor, "*B C"], target: Float[Tensor, "*B C"]
+    ) -> Callable[[Float[Tensor, "*B C"]], Float[Tensor, "*B C"]]:
+        return lambda v: v
 
     def sample(
         self, output: Float[Tensor, "*B C"], target: Float[Tensor, "*B C"], generator: torch.Generator
@@ -126,10 +128,11 @@ class Bernoulli(Loss):
         return torch.tensor(target[..., 0].numel())
 
     def curvature(
-        self, output: Float[Tensor, "*B C"], target: Float[Tensor, "*B C"], v: Float[Tensor, "*B C"]
-    ) -> Float[Tensor, "*B C"]:
+        self, output: Float[Tensor, "*B C"], target: Float[Tensor, "*B C"]
+    ) -> Callable[[Float[Tensor, "*B C"]], Float[Tensor, "*B C"]]:
         p = torch.sigmoid(output)
-        return p * (1 - p) * v
+        variance = p * (1 - p)
+        return lambda v: variance * v
 
     def sample(
         self, output: Float[Tensor, "*B C"], target: Float[Tensor, "*B C"], generator: torch.Generator

@@ -237,7 +237,7 @@ class Objective:
 
     def _output_curvature(self, kind: Curvature, at: Tensor, target: Any, seed: int) -> Callable[[Tensor], Tensor]:
         if kind is Curvature.GAUSS_NEWTON:
-            return partial(self.loss.curvature, at, target)
+            return self.loss.curvature(at, target)
         if kind is Curvature.FISHER:
             target = self.loss.sample(at, target, torch.Generator(at.device).manual_seed(seed))
         return self.loss.fisher(at, target)

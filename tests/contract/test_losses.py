@@ -51,8 +51,8 @@ def test_padding_contributes_nothing(case: LossCase) -> None:
     assert gradient[case.counts].any(-1).all()
     if case.curvature:
         v = cases.draw(*case.output.shape, seed=5)
-        product = loss.curvature(case.output, case.target, v)
-        other = loss.curvature(changed, case.target, torch.where(case.counts[..., None], v, 9.0))
+        product = loss.curvature(case.output, case.target)(v)
+        other = loss.curvature(changed, case.target)(torch.where(case.counts[..., None], v, 9.0))
         assert not product[~case.counts].any()
         assert torch.equal(product, other)
 
@@ -62,10 +62,10 @@ def test_the_curvature_is_the_hessian(case: LossCase) -> None:
     v = cases.draw(*case.output.shape, seed=6)
     if not case.curvature:
         with pytest.raises(NotImplementedError, match=f"{type(loss).__name__} has no curvature.*first-order"):
-            loss.curvature(case.output, case.target, v)
+            loss.curvature(case.output, case.target)(v)
         return
     H = dense.output_hessian(loss, case.output, case.target)
-    product = loss.curvature(case.output, case.target, v)
+    product = loss.curvature(case.output, case.target)(v)
     assert product.shape == case.output.shape
     torch.testing.assert_close(product.reshape(-1), H @ v.reshape(-1), rtol=1e-10, atol=1e-12)
     assert float((v * product).sum()) >= 0

@@ -23,7 +23,7 @@ def test_only_padding_sums_to_zero() -> None:
     value = CrossEntropy()(output, target)
     (gradient,) = torch.autograd.grad(value, output)
     assert value.item() == 0 and not gradient.any()
-    assert not CrossEntropy().curvature(output, target, torch.ones_like(output)).any()
+    assert not CrossEntropy().curvature(output, target)(torch.ones_like(output)).any()
 
 
 @given(st.floats(-300, 300), st.integers(0, 99))
@@ -34,15 +34,15 @@ def test_cross_entropy_ignores_a_common_shift_of_the_logits(shift: float, seed: 
     target = torch.randint(5, (3,), generator=generator)
     loss = CrossEntropy()
     torch.testing.assert_close(loss(output + shift, target), loss(output, target), rtol=1e-10, atol=1e-10)
-    curved = loss.curvature(output, target, v)
-    torch.testing.assert_close(loss.curvature(output + shift, target, v + shift), curved, rtol=1e-8, atol=1e-8)
+    curved = loss.curvature(output, target)(v)
+    torch.testing.assert_close(loss.curvature(output + shift, target)(v + shift), curved, rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(curved.sum(-1), torch.zeros(3, dtype=torch.float64), atol=1e-12, rtol=0)
 
 
 def test_cross_entropy_is_finite_where_the_softmax_saturates() -> None:
     output = torch.tensor([[1e4, -1e4]])
     assert float(CrossEntropy()(output, torch.tensor([1]))) == 2e4
-    assert CrossEntropy().curvature(output, torch.tensor([0]), torch.ones(1, 2)).isfinite().all()
+    assert CrossEntropy().curvature(output, torch.tensor([0]))(torch.ones(1, 2)).isfinite().all()
 
 
 def test_squared_error_by_hand() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -440,8 +441,8 @@ def test_curvatures_asked_for_together_share_one_record_of_the_model() -> None:
 class Skewed(SquaredError):
     """A curvature that is not symmetric."""
 
-    def curvature(self, output: Tensor, target: Tensor, v: Tensor) -> Tensor:
-        return v + v.roll(1, -1)
+    def curvature(self, output: Tensor, target: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda v: v + v.roll(1, -1)
 
 
 def test_a_curvature_that_is_not_symmetric_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -93,11 +94,16 @@ class Deadly(CrossEntropy):
         super().__init__()
         self.last = last
 
-    def curvature(self, output: Tensor, target: Tensor, v: Tensor) -> Tensor:
-        self.last -= 1
-        if not self.last:
-            die()
-        return super().curvature(output, target, v)
+    def curvature(self, output: Tensor, target: Tensor) -> Callable[[Tensor], Tensor]:
+        known = super().curvature(output, target)
+
+        def product(v: Tensor) -> Tensor:
+            self.last -= 1
+            if not self.last:
+                die()
+            return known(v)
+
+        return product
 
 
 def dies_within_a_product(communicator: Communicator) -> tuple[str, bool, bool]:
