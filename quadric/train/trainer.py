@@ -29,7 +29,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from quadric.comm import checkpoint as together
 from quadric.comm.communicator import Communicator, Solo
 from quadric.data.stream import FrameStream
-from quadric.loss.loss import PADDING, Loss
+from quadric.loss.loss import Loss
 from quadric.objective.objective import Objective
 from quadric.optim.sampling import Sampler, Seen, Sizes
 from quadric.optim.second_order import SecondOrder
@@ -104,14 +104,14 @@ def evaluate(
     autocast: bool = False,
     communicator: Communicator = Solo(),
 ) -> dict[str, float]:
-    """Mean loss per frame and, where targets are class indices, the share of frames classified right.
+    """Mean loss per frame and, where the loss knows what is right, its share.
 
     Each rank takes some of the minibatches; the scores are those of all, the same to the bit on all ranks.
     """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    total = weight = right = classified = 0.0
+    total = weight = right = possible = 0.0
     try:
         with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
             for inputs, target, _ in stream.everything((communicator.rank, communicator.size)):
@@ -119,16 +119,15 @@ def evaluate(
                 output = model(inputs.to(device)).float()
                 total += float(loss(output, target))
                 weight += float(loss.weight(target))
-                if isinstance(target, Tensor):
-                    classified += 1
-                    right += float(((output.argmax(-1) == target) & (target != PADDING)).sum())
+                if (judged := loss.accuracy(output, target)) is not None:
+                    right, possible = right + judged[0], possible + judged[1]
     finally:
         model.train(was_training)
-    sums = torch.tensor([total, weight, right, classified], dtype=torch.float64, device=device)
+    sums = torch.tensor([total, weight, right, possible], dtype=torch.float64, device=device)
     communicator.sum_(sums)
-    total, weight, right, classified = sums.tolist()
+    total, weight, right, possible = sums.tolist()
     scores = {"loss": total / weight}
-    return scores | {"accuracy": right / weight} if classified else scores
+    return scores | {"accuracy": right / possible} if possible else scores
 
 
 class Trainer:

@@ -49,3 +49,9 @@ def test_squared_error_by_hand() -> None:
     output, target = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1.0, 0.0], [0.0, 4.0]])
     assert float(SquaredError()(output, target)) == 0.5 * (4 + 9)
     assert float(SquaredError().weight(target)) == 2
+
+
+def test_what_is_right_is_counted_by_hand() -> None:
+    output = torch.tensor([[[2.0, 1.0], [0.0, 3.0], [5.0, 0.0]]])
+    assert CrossEntropy().accuracy(output, torch.tensor([[0, 0, -1]])) == (1.0, 2.0)
+    assert SquaredError().accuracy(output, output) is None
