@@ -26,6 +26,9 @@ from quadric.linalg.solver import KrylovSolver
 from quadric.linalg.truncation import Truncation
 from quadric.loss.full_sum import FullSum, FullSumTarget
 from quadric.loss.loss import Bernoulli, CrossEntropy, Loss, SquaredError
+from quadric.loss.sequence import MMI, MPE, SMBR
+from quadric.loss.sequence_loss import SequenceLoss
+from quadric.loss.sequence_target import OutputCurvature
 from quadric.objective.curvature import CurvatureOperator
 from quadric.objective.objective import Objective
 from quadric.optim.damping import AfterRejection, Damping, Fixed, LevenbergMarquardt
@@ -37,6 +40,7 @@ from quadric.optim.second_order import SecondOrder, hessian_free, natural_gradie
 from quadric.space import ParameterSpace
 from quadric.stopwatch import Stopwatch
 from reference import dense
+from reference.sequence import PDFS, utterance
 
 MicroBatch = tuple[Tensor, Any]
 
@@ -144,7 +148,7 @@ COMMUNICATORS: dict[type[Communicator], Callable[[Path], Communicator]] = {
 }
 
 
-# Losses: the loss, an output, a target, and which frames [B, T] count.
+# Losses: the loss, an output, a target, which frames [B, T] count, and of what kind its curvature is.
 
 
 @dataclass(frozen=True)
@@ -154,6 +158,7 @@ class LossCase:
     target: Any
     counts: Tensor
     curvature: bool = True
+    semidefinite: bool = True
 
 
 def _chain(pdfs: list[int]) -> Automaton:
@@ -164,6 +169,18 @@ def _chain(pdfs: list[int]) -> Automaton:
 
 def _first(frames: int, kept: list[int]) -> Tensor:
     return torch.arange(frames) < torch.tensor(kept)[:, None]
+
+
+def _sequence(cls: type[SequenceLoss], **options: Any) -> LossCase:
+    """On two lattices, in which every frame can be right or wrong."""
+
+    def loss() -> SequenceLoss:
+        prior = torch.log_softmax(draw(PDFS, seed=4), 0)
+        return cls(prior, scale=0.6, smoothing=0.1, anchor=0.2, curvature=OutputCurvature.LATTICE, **options)
+
+    made = [utterance(80, 6), utterance(46, 4)]
+    target = [loss().target(lattice, reference, teacher=teacher) for lattice, reference, teacher in made]
+    return LossCase(loss, draw(2, 7, PDFS), target, _first(7, [6, 4]), semidefinite=cls is MMI)
 
 
 LOSSES: dict[type[Loss], LossCase] = {
@@ -177,6 +194,9 @@ LOSSES: dict[type[Loss], LossCase] = {
         _first(6, [6, 4]),
         curvature=False,
     ),
+    MMI: _sequence(MMI, boost=0.5),
+    MPE: _sequence(MPE, silence_phones=(0,)),
+    SMBR: _sequence(SMBR),
 }
 
 

@@ -22,7 +22,12 @@ class Loss(nn.Module):
     """A loss of a model's output, summed over frames.
 
     To add one, write ``forward``, ``weight`` and, for second-order training, ``curvature``.
+
+    Attributes:
+        symmetric: whether ``curvature`` is meant to be; an objective verifies it. Solvers take it as if it were.
     """
+
+    symmetric: bool = True
 
     def forward(self, output: Tensor, target: Any) -> Tensor:
         """The sum of the loss over all frames, a scalar."""

@@ -68,7 +68,8 @@ def test_the_curvature_is_the_hessian(case: LossCase) -> None:
     product = loss.curvature(case.output, case.target)(v)
     assert product.shape == case.output.shape
     torch.testing.assert_close(product.reshape(-1), H @ v.reshape(-1), rtol=1e-10, atol=1e-12)
-    assert float((v * product).sum()) >= 0
+    if case.semidefinite:
+        assert float((v * product).sum()) >= 0
 
 
 def test_half_precision_is_summed_in_single(case: LossCase) -> None:

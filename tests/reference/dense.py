@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, hessian, jacrev
+from torch.autograd.functional import hessian
+from torch.func import functional_call, jacrev
 
 from quadric.linalg.operator import LinearOperator
 from quadric.loss.loss import Loss
@@ -32,7 +33,7 @@ def mean_loss(model: nn.Module, loss: Loss, data: Sequence[tuple[Tensor, Any]], 
 
 def output_hessian(loss: Loss, output: Tensor, target: Any) -> Tensor:
     """The Hessian [Z, Z] of the loss in the flattened output."""
-    return hessian(lambda z: loss(z.view_as(output), target))(output.reshape(-1))
+    return hessian(lambda z: loss(z.view_as(output), target), output.reshape(-1))
 
 
 def gauss_newton(model: nn.Module, loss: Loss, data: Sequence[tuple[Tensor, Any]], theta: Tensor) -> Tensor:

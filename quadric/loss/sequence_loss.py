@@ -1,0 +1,328 @@
+"""What all sequence criteria share: scores from outputs, autograd over the recursion, curvature and Fisher products."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal, TypedDict
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from quadric.lattice.expectation import PathSums, path_sums_batch
+from quadric.lattice.lattice import Lattice, StatePath
+from quadric.loss.loss import Loss
+from quadric.loss.sequence_target import OutputCurvature, SequenceTarget, Teacher
+
+Product = Callable[[Tensor], Tensor]
+
+
+class Options(TypedDict, total=False):
+    """What all sequence losses take; see `SequenceLoss`."""
+
+    scale: float
+    smoothing: float
+    anchor: float
+    curvature: OutputCurvature
+    fisher: Literal["frame", "utterance"]
+    jobs: int
+
+
+class SequenceLoss(Loss, ABC):
+    """(1 - smoothing) sequence criterion + smoothing cross-entropy + anchor KL(teacher || model), summed.
+
+    The cross-entropy is that of the reference's pdfs (F-smoothing: H. Su et al., "Error back propagation for sequence
+    training of context-dependent deep networks", ICASSP 2013); the divergence is exact, its constant included: 0 where
+    the model is the teacher. Targets are made by `target`, once per utterance.
+
+    The gradient is that of the recursion, from occupancies; second derivatives by autograd are exact too, at a pass
+    over the lattice each. A lattice whose log Z is not finite gives NaN, in the value and in its frames.
+
+    Args:
+        log_prior: natural-log prior of the pdfs. A buffer.
+        scale: k above, the acoustic scale.
+        smoothing: share of the cross-entropy, 0 to 1.
+        anchor: weight of the divergence; above 0 every target needs a teacher.
+        curvature: which matrix `curvature` multiplies by.
+        fisher: ``"frame"`` or ``"utterance"``: over what the gradients of an empirical Fisher matrix are summed.
+        jobs: threads of the recursion.
+
+    ``scale``, ``smoothing`` and ``anchor`` are plain attributes, free to follow a schedule.
+
+    Raises:
+        ValueError: an option out of its range.
+    """
+
+    log_prior: Tensor
+
+    def __init__(
+        self,
+        log_prior: Float[Tensor, " C"],
+        *,
+        scale: float,
+        smoothing: float = 0.0,
+        anchor: float = 0.0,
+        curvature: OutputCurvature = OutputCurvature.SAME_FRAME,
+        fisher: Literal["frame", "utterance"] = "frame",
+        jobs: int = 1,
+    ) -> None:
+        super().__init__()
+        if log_prior.ndim != 1 or not bool(torch.isfinite(log_prior).all()):
+            raise ValueError(
+                f"log_prior must be a vector of finite log probabilities, not {tuple(log_prior.shape)} with "
+                f"{int((~torch.isfinite(log_prior)).sum())} entries not finite: floor the prior"
+            )
+        if not 0.0 < scale < math.inf:
+            raise ValueError(f"scale={scale} must be positive: the acoustic scale, such as 0.1")
+        if not 0.0 <= smoothing <= 1.0:
+            raise ValueError(f"smoothing={smoothing} must be a share, 0 to 1")
+        if not 0.0 <= anchor < math.inf:
+            raise ValueError(f"anchor={anchor} must not be negative; 0 leaves the teacher out")
+        if not isinstance(curvature, OutputCurvature):
+            raise ValueError(f"curvature={curvature!r}: give an OutputCurvature, such as OutputCurvature.SAME_FRAME")
+        if fisher not in ("frame", "utterance"):
+            raise ValueError(f"fisher={fisher!r} must be 'frame' or 'utterance'")
+        if jobs < 1:
+            raise ValueError(f"jobs={jobs} must be at least 1")
+        self.register_buffer("log_prior", log_prior.detach().clone())
+        self.scale, self.smoothing, self.anchor = scale, smoothing, anchor
+        self.output_curvature, self.fisher_over, self.jobs = curvature, fisher, jobs
+
+    @abstractmethod
+    def target(self, lattice: Lattice, reference: StatePath, *, teacher: Teacher | None = None) -> SequenceTarget:
+        """What this criterion needs of an utterance.
+
+        Args:
+            lattice: its likely paths.
+            reference: what was said, aligned.
+            teacher: for ``anchor``: another model's likeliest pdfs [T, K] and their probabilities, which sum to 1.
+
+        Raises:
+            ValueError: the three are of different frames, or emit pdfs that the prior does not know.
+        """
+
+    @abstractmethod
+    def _lattice(self, target: SequenceTarget) -> Lattice:
+        """The lattice of the criterion."""
+
+    @abstractmethod
+    def _loss(self, target: SequenceTarget, scores: np.ndarray, sums: PathSums) -> float:
+        """The criterion of one utterance."""
+
+    @abstractmethod
+    def _slope(self, target: SequenceTarget, sums: PathSums) -> np.ndarray:
+        """Its derivative in the scores, [T, C]."""
+
+    @abstractmethod
+    def _second(self, target: SequenceTarget, scores: np.ndarray, direction: np.ndarray) -> np.ndarray:
+        """Its second derivative in the scores times a direction, [T, C]."""
+
+    @abstractmethod
+    def _block(self, slope: Tensor, occupancy: Tensor) -> Product:
+        """The product with the blocks of its second derivative in the scores of one frame."""
+
+    def forward(self, output: Float[Tensor, "B T C"], target: Sequence[SequenceTarget]) -> Tensor:
+        """The loss of logits; frames past the end of an utterance do not count."""
+        self._check(output, target)
+        logits = output.to(torch.promote_types(output.dtype, torch.float32))
+        total = (1.0 - self.smoothing) * self._criterion(logits, target)
+        if self.smoothing or self.anchor:
+            total = total + self._frames(logits, target)
+        return total
+
+    def weight(self, target: Sequence[SequenceTarget]) -> Tensor:
+        return torch.tensor(sum(map(len, target)))
+
+    def curvature(self, output: Float[Tensor, "B T C"], target: Sequence[SequenceTarget]) -> Product:
+        """v -> H v with the matrix that ``curvature`` chose, and the softmax's of the other two terms."""
+        self._check(output, target)
+        logits = output.detach().to(torch.promote_types(output.dtype, torch.float32))
+        known = self._known_curvature(logits, target)
+        share, others = 1.0 - self.smoothing, self.smoothing + self.anchor
+        if not others:
+            return lambda v: known(v).mul_(share)
+        p = torch.where(_counting(logits, target).unsqueeze(-1), torch.softmax(logits, -1), 0.0)
+        return lambda v: known(v).mul_(share) + others * p * (v - (p * v).sum(-1, keepdim=True))
+
+    def _known_curvature(self, logits: Tensor, target: Sequence[SequenceTarget]) -> Product:
+        scores = self._scores(logits, target)
+        sums = self._sums(target, scores, backward=self.output_curvature is not OutputCurvature.LATTICE)
+        if self.output_curvature is OutputCurvature.LATTICE:
+            dead = torch.tensor([not math.isfinite(s.log_z) for s in sums], device=logits.device)[:, None, None]
+            dead = dead & _counting(logits, target).unsqueeze(-1)
+            return lambda v: self._along(logits, target, v).masked_fill_(dead, math.nan)
+        occupancy = _padded(logits, [_visible(s, s.occupancy) for s in sums])
+        if self.output_curvature is OutputCurvature.SURROGATE:
+            block = softmax_block(occupancy)
+        else:
+            slopes = [_visible(s, self._slope(u, s)) for u, s in zip(target, sums, strict=True)]
+            block = self._block(_padded(logits, slopes), occupancy)
+        return lambda v: block(v).mul_(self.scale**2)
+
+    def fisher(self, output: Float[Tensor, "B T C"], target: Sequence[SequenceTarget]) -> Product:
+        """v -> u (u'v) with u the gradient of MMI, whatever the criterion (section 5.2 of the paper).
+
+        Without boosting, smoothing and anchor. The inner product u'v is over a frame, as in the paper, or over all
+        frames of an utterance.
+        """
+        self._check(output, target)
+        logits = output.detach().to(torch.promote_types(output.dtype, torch.float32))
+        items = [(u.lattice, x, None) for u, x in zip(target, self._scores(logits, target), strict=True)]
+        sums = path_sums_batch(items, jobs=self.jobs)
+        u = _padded(logits, [_visible(s, less_reference(t, s)) for t, s in zip(target, sums, strict=True)]) * self.scale
+        over = (-1,) if self.fisher_over == "frame" else (-2, -1)
+        return lambda v: u * (u * v).sum(over, keepdim=True)
+
+    def _criterion(self, logits: Tensor, target: Sequence[SequenceTarget]) -> Tensor:
+        """The sum of the criterion over the utterances, differentiable twice."""
+        wanted = torch.is_grad_enabled() and logits.requires_grad
+        scores = self._scores(logits, target)
+        sums = self._sums(target, scores, backward=wanted)
+        rows = zip(target, scores, sums, strict=True)
+        value = sum(self._loss(*row) if math.isfinite(row[-1].log_z) else math.nan for row in rows)
+        if not wanted:
+            return logits.new_tensor(value)
+        slopes = [_visible(s, self._slope(u, s)) for u, s in zip(target, sums, strict=True)]
+        return _Criterion.apply(logits, value, _padded(logits, slopes).mul_(self.scale), self, target)
+
+    def _along(self, logits: Tensor, target: Sequence[SequenceTarget], v: Tensor) -> Tensor:
+        """The Hessian of the criterion in the logits times v."""
+        directions = v.detach().to("cpu", logits.dtype).numpy()
+        scores = self._scores(logits, target)
+
+        def product(b: int) -> np.ndarray:
+            return self._second(target[b], scores[b], directions[b, : len(target[b])])
+
+        with ThreadPoolExecutor(self.jobs) as threads:
+            products = list(threads.map(product, range(len(target))))
+        return _padded(logits, products).mul_(self.scale**2)
+
+    def _scores(self, logits: Tensor, target: Sequence[SequenceTarget]) -> list[np.ndarray]:
+        """k (a - log q) of the frames of every utterance."""
+        scores = (self.scale * (logits.detach() - self.log_prior.to(logits))).cpu().numpy()
+        return [x[: len(utterance)] for utterance, x in zip(target, scores, strict=True)]
+
+    def _sums(
+        self, target: Sequence[SequenceTarget], scores: Sequence[np.ndarray], *, backward: bool
+    ) -> list[PathSums]:
+        items = [(self._lattice(u), x, u.value) for u, x in zip(target, scores, strict=True)]
+        return path_sums_batch(items, backward=backward, jobs=self.jobs)
+
+    def _frames(self, logits: Tensor, target: Sequence[SequenceTarget]) -> Tensor:
+        """smoothing cross-entropy + anchor KL(teacher || model)."""
+        log_p = torch.log_softmax(logits[_counting(logits, target)], -1)
+        total = logits.new_zeros(())
+        if self.smoothing:
+            pdf = torch.from_numpy(np.concatenate([u.reference.pdf for u in target])).to(logits.device, torch.int64)
+            total = total + self.smoothing * functional.nll_loss(log_p, pdf, reduction="sum")
+        if self.anchor:
+            for u, own in zip(target, log_p.split([len(u) for u in target]), strict=True):
+                pdfs, q = (torch.from_numpy(part).to(logits.device) for part in u.teacher or ())
+                q = q.to(logits.dtype) / q.sum(1, dtype=logits.dtype, keepdim=True)
+                total = total + self.anchor * (torch.xlogy(q, q) - q * own.gather(1, pdfs.long())).sum()
+        return total
+
+    def _check(self, output: Tensor, target: Sequence[SequenceTarget]) -> None:
+        if output.ndim != 3 or output.shape[-1] != len(self.log_prior):
+            raise ValueError(f"output must be [B, T, {len(self.log_prior)}], not {list(output.shape)}")
+        if len(target) != len(output):
+            raise ValueError(f"target has {len(target)} utterances, output has {len(output)}")
+        longest = max(map(len, target), default=0)
+        if longest > output.shape[1]:
+            raise ValueError(f"target has a lattice of {longest} frames, output only {output.shape[1]}")
+        for u in target:
+            self._checked(u)
+            if self.anchor and u.teacher is None:
+                raise ValueError(f"anchor={self.anchor} needs a teacher in every target: make them with one")
+
+    def _checked(self, target: SequenceTarget) -> SequenceTarget:
+        if target.num_pdfs > len(self.log_prior):
+            raise ValueError(
+                f"the target emits pdf {target.num_pdfs - 1}, but log_prior has {len(self.log_prior)} entries: "
+                "lattice, reference, teacher and model must be of one set of pdfs"
+            )
+        return target
+
+    def extra_repr(self) -> str:
+        return (
+            f"scale={self.scale}, smoothing={self.smoothing}, anchor={self.anchor}, "
+            f"curvature={self.output_curvature.name}, fisher={self.fisher_over!r}"
+        )
+
+
+class _Criterion(torch.autograd.Function):
+    """The criterion [] of logits [B, T, C], of known gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, value: float, slope: Tensor, loss: SequenceLoss, target: Sequence[SequenceTarget]
+    ) -> Tensor:
+        ctx.save_for_backward(logits, slope)
+        ctx.loss, ctx.target = loss, target
+        return logits.new_tensor(value)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
+        logits, slope = ctx.saved_tensors
+        return _Slope.apply(logits, upstream, slope, ctx.loss, ctx.target), None, None, None, None
+
+
+class _Slope(torch.autograd.Function):
+    """Its gradient times what comes from above; once more differentiable, by the lattice's Hessian."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        upstream: Tensor,
+        slope: Tensor,
+        loss: SequenceLoss,
+        target: Sequence[SequenceTarget],
+    ) -> Tensor:
+        ctx.save_for_backward(logits, upstream, slope)
+        ctx.loss, ctx.target = loss, target
+        return upstream * slope
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        logits, upstream, slope = ctx.saved_tensors
+        return upstream * ctx.loss._along(logits, ctx.target, v), (v * slope).sum(), None, None, None
+
+
+def softmax_block(occupancy: Float[Tensor, "B T C"]) -> Product:
+    """v -> (diag(c) - c c') v in every frame."""
+    return lambda v: occupancy * (v - (occupancy * v).sum(-1, keepdim=True))
+
+
+def less_reference(target: SequenceTarget, sums: PathSums) -> Float[np.ndarray, "T C"]:
+    """The occupancies minus those of the reference: the gradient of MMI in the scores."""
+    assert sums.occupancy is not None
+    slope = sums.occupancy.copy()
+    slope[np.arange(len(target)), target.reference.pdf] -= 1.0
+    return slope
+
+
+def _visible(sums: PathSums, found: np.ndarray | None) -> np.ndarray:
+    """NaN where there is no path or a numerical failure, so that the utterance is not passed over in silence."""
+    assert found is not None
+    return found if math.isfinite(sums.log_z) else np.full_like(found, np.nan)
+
+
+def _padded(like: Float[Tensor, "B T C"], parts: Sequence[np.ndarray]) -> Float[Tensor, "B T C"]:
+    """The utterances' own frames, and zeros after them."""
+    whole = torch.zeros(like.shape, dtype=like.dtype)
+    for padded, part in zip(whole, parts, strict=True):
+        padded[: len(part)] = torch.from_numpy(part)
+    return whole.to(like.device)
+
+
+def _counting(like: Float[Tensor, "B T C"], target: Sequence[SequenceTarget]) -> Bool[Tensor, "B T"]:
+    lengths = torch.tensor([len(u) for u in target], device=like.device)
+    return torch.arange(like.shape[1], device=like.device) < lengths[:, None]
