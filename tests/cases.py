@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from quadric.loss.loss import Bernoulli, CrossEntropy, Loss, SquaredError
 from quadric.loss.sequence import MMI, MPE, SMBR
 from quadric.loss.sequence_loss import SequenceLoss
 from quadric.loss.sequence_target import OutputCurvature
+from quadric.model.acoustic import DNN, TDNN, AcousticModel
+from quadric.model.recurrent import LSTM, RNN
 from quadric.objective.curvature import CurvatureOperator
 from quadric.objective.objective import Objective
 from quadric.optim.damping import AfterRejection, Damping, Fixed, LevenbergMarquardt
@@ -197,6 +200,16 @@ LOSSES: dict[type[Loss], LossCase] = {
     MMI: _sequence(MMI, boost=0.5),
     MPE: _sequence(MPE, silence_phones=(0,)),
     SMBR: _sequence(SMBR),
+}
+
+
+# Acoustic models: 3 features, 4 classes.
+
+MODELS: dict[type[AcousticModel], Callable[..., AcousticModel]] = {
+    TDNN: partial(TDNN, 3, 4, [5, 6, 5], offsets=((-2, 0, 1), (-1, 2), (0,))),
+    DNN: partial(DNN, 3, 4, [5, 6], context=(2, 1)),
+    RNN: partial(RNN, 3, 4, [5, 4], feed_forward=[6], window=(3, 2)),
+    LSTM: partial(LSTM, 3, 4, [3, 4], feed_forward=[5], window=(2, 3)),
 }
 
 

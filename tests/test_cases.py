@@ -21,6 +21,7 @@ from quadric.linalg.pairs import PairSelection
 from quadric.linalg.solver import KrylovSolver
 from quadric.linalg.truncation import Truncation
 from quadric.loss.loss import Loss
+from quadric.model.acoustic import AcousticModel
 from quadric.optim.damping import Damping
 from quadric.optim.descent import Descent
 from quadric.optim.precondition import Preconditioner
@@ -34,6 +35,7 @@ TABLES = {
     Conjugation: cases.CONJUGATIONS,
     PairSelection: cases.PAIR_SELECTIONS,
     Loss: cases.LOSSES,
+    AcousticModel: cases.MODELS,
     Damping: cases.DAMPINGS,
     Sampler: cases.SAMPLERS,
     Search: cases.SEARCHES,

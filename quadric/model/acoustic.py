@@ -1,6 +1,6 @@
-"""Spliced feed-forward acoustic models: DNN and TDNN, and the hybrid use of their outputs.
+"""Acoustic models, the feed-forward ones among them (DNN, TDNN), and the hybrid use of their outputs.
 
-Splicing is *valid*: a model consumes ``left_context`` frames before and ``right_context`` frames after the frames
+Context is *valid*: a model consumes ``left_context`` frames before and ``right_context`` frames after the frames
 it scores and never pads. The data supplies them, true neighbours inside an utterance and repeated edge frames
 outside, so the score of a frame depends neither on the chunk nor on the minibatch it came in.
 
@@ -10,7 +10,7 @@ products need no code of their own here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Literal, TypeAlias
 
@@ -24,11 +24,12 @@ Norm: TypeAlias = Literal["layer", "none"]
 SHIFTS: tuple[tuple[int, ...], ...] = ((-2, -1, 0, 1, 2), (-1, 2), (-3, 3), (-7, 2), (0,))
 """The shifts of the five-layer TDNN of Haider and Woodland's NGHF experiments (arXiv 2103.07554)."""
 
-_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
 }
+"""The activations by name."""
 # The slope of a logistic unit is at most a quarter: four times wider weights keep the signal alive through the layers.
 _GLOROT_GAIN = {"sigmoid": 4.0, "tanh": 1.0}
 _OUTPUT_GAIN = 0.1
@@ -38,6 +39,14 @@ NORM_FLOOR = 0.1
 Where the whole window of a layer is masked or silent in the same way, the units hardly vary, and torch's 1e-5 would
 blow up what is left of them, and every gradient through them, 300 times.
 """
+
+
+def initialise(weight: Tensor, activation: Activation) -> None:
+    """Draws the weights of a layer before an ``activation``: by He (relu) or Glorot (sigmoid, tanh)."""
+    if activation == "relu":
+        nn.init.kaiming_normal_(weight, nonlinearity="relu")
+    else:
+        nn.init.xavier_uniform_(weight, gain=_GLOROT_GAIN[activation])
 
 
 def splice(x: Float[Tensor, "B frames D"], offsets: Sequence[int]) -> Float[Tensor, "B T D*n"]:
@@ -65,10 +74,7 @@ class SplicedLayer(nn.Module):
         self.linear = nn.Linear(inputs * len(self.offsets), outputs)
         self.norm = nn.LayerNorm(outputs, eps=NORM_FLOOR) if norm == "layer" else nn.Identity()
         self.dropout = nn.Dropout(dropout)
-        if activation == "relu":
-            nn.init.kaiming_normal_(self.linear.weight, nonlinearity="relu")
-        else:
-            nn.init.xavier_uniform_(self.linear.weight, gain=_GLOROT_GAIN[activation])
+        initialise(self.linear.weight, activation)
         nn.init.zeros_(self.linear.bias)
 
     @torch.no_grad()
@@ -77,66 +83,37 @@ class SplicedLayer(nn.Module):
         self.linear.bias.copy_(-mean * self.linear.weight.sum(dim=1))
 
     def forward(self, x: Float[Tensor, "B frames D"]) -> Float[Tensor, "B T H"]:
-        return self.dropout(_FUNCTIONS[self.activation](self.norm(self.linear(splice(x, self.offsets)))))
+        return self.dropout(FUNCTIONS[self.activation](self.norm(self.linear(splice(x, self.offsets)))))
 
     def extra_repr(self) -> str:
         return f"offsets={self.offsets}, activation={self.activation!r}"
 
 
-class TDNN(nn.Module):
-    """A time-delay network (Peddinti et al. 2015): each hidden layer sees the frames below it at its offsets.
+class AcousticModel(nn.Module):
+    """Hidden layers over the frames around each frame, then a layer that is linear in what they make of it.
 
-    Hidden layer ``l`` has ``sizes[l]`` units over the frames at ``offsets[l]`` of the layer below; the output layer
-    is linear in the current frame. Weights start by He (relu) or Glorot (sigmoid, tanh), the output layer small, so
-    that training starts near the uniform distribution, or near the priors after ``initialise_output_bias``.
+    The output layer starts small, so that training starts near the uniform distribution, or near the priors after
+    ``initialise_output_bias``.
 
     Args:
         inputs: D, features per frame.
         outputs: C, classes.
-        sizes: units of each hidden layer.
-        offsets: one ascending sequence per hidden layer, reaching from at most 0 to at least 0.
-        activation: of every hidden layer.
-        dropout: probability of dropping a hidden unit while training.
-        norm: ``"layer"`` normalises the units of each frame before the activation.
+        hidden: layers on ``[B, frames, units]``, the lowest first; together they use up ``context``.
+        width: units of the last of them.
+        context: frames that a score needs before and after its own.
 
     Attributes:
         left_context, right_context: frames needed before the first and after the last scored frame, exactly.
-
-    >>> model = TDNN(40, 100, [64] * 5)
-    >>> model.left_context, model.right_context
-    (13, 9)
-    >>> model(torch.zeros(2, 13 + 7 + 9, 40)).shape
-    torch.Size([2, 7, 100])
     """
 
     def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        sizes: Sequence[int],
-        *,
-        offsets: Sequence[Sequence[int]] = SHIFTS,
-        activation: Activation = "relu",
-        dropout: float = 0.0,
-        norm: Norm = "none",
+        self, inputs: int, outputs: int, hidden: Iterable[nn.Module], width: int, context: tuple[int, int]
     ) -> None:
         super().__init__()
-        if inputs < 1 or outputs < 1:
-            raise ValueError(f"inputs is {inputs} and outputs is {outputs}; both must be at least 1")
-        check_layers(sizes, offsets, activation, dropout, norm)
         self.inputs, self.outputs = inputs, outputs
-        self.left_context = -sum(shifts[0] for shifts in offsets)
-        self.right_context = sum(shifts[-1] for shifts in offsets)
-        below = (inputs, *sizes[:-1])
-        layers = [
-            SplicedLayer(low, high, shifts, activation, dropout, norm)
-            for low, high, shifts in zip(below, sizes, offsets, strict=True)
-        ]
-        if activation == "sigmoid":
-            for layer in layers[1:]:
-                layer.centre(0.5)
-        self.hidden = nn.ModuleList(layers)
-        self.output = nn.Linear(sizes[-1], outputs)
+        self.left_context, self.right_context = context
+        self.hidden = nn.ModuleList(hidden)
+        self.output = nn.Linear(width, outputs)
         nn.init.xavier_uniform_(self.output.weight, gain=_OUTPUT_GAIN)
         nn.init.zeros_(self.output.bias)
 
@@ -174,6 +151,53 @@ class TDNN(nn.Module):
 
     def extra_repr(self) -> str:
         return f"left_context={self.left_context}, right_context={self.right_context}"
+
+
+class TDNN(AcousticModel):
+    """A time-delay network (Peddinti et al. 2015): each hidden layer sees the frames below it at its offsets.
+
+    Hidden layer ``l`` has ``sizes[l]`` units over the frames at ``offsets[l]`` of the layer below; the output layer
+    is linear in the current frame. Weights start by He (relu) or Glorot (sigmoid, tanh).
+
+    Args:
+        inputs: D, features per frame.
+        outputs: C, classes.
+        sizes: units of each hidden layer.
+        offsets: one ascending sequence per hidden layer, reaching from at most 0 to at least 0.
+        activation: of every hidden layer.
+        dropout: probability of dropping a hidden unit while training.
+        norm: ``"layer"`` normalises the units of each frame before the activation.
+
+    >>> model = TDNN(40, 100, [64] * 5)
+    >>> model.left_context, model.right_context
+    (13, 9)
+    >>> model(torch.zeros(2, 13 + 7 + 9, 40)).shape
+    torch.Size([2, 7, 100])
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        sizes: Sequence[int],
+        *,
+        offsets: Sequence[Sequence[int]] = SHIFTS,
+        activation: Activation = "relu",
+        dropout: float = 0.0,
+        norm: Norm = "none",
+    ) -> None:
+        check_ends(inputs, outputs)
+        check_layers(sizes, offsets, activation, dropout, norm)
+        below = (inputs, *sizes[:-1])
+        layers = [
+            SplicedLayer(low, high, shifts, activation, dropout, norm)
+            for low, high, shifts in zip(below, sizes, offsets, strict=True)
+        ]
+        if activation == "sigmoid":
+            for layer in layers[1:]:
+                layer.centre(0.5)
+        context = (-sum(shifts[0] for shifts in offsets), sum(shifts[-1] for shifts in offsets))
+        super().__init__(inputs, outputs, layers, sizes[-1], context)
 
 
 class DNN(TDNN):
@@ -250,16 +274,23 @@ def _check_log_prior(log_prior: Tensor, classes: int) -> None:
         )
 
 
+def check_ends(inputs: int, outputs: int) -> None:
+    """Raises ``ValueError`` if a model has nothing to take or nothing to give."""
+    if inputs < 1 or outputs < 1:
+        raise ValueError(f"inputs is {inputs} and outputs is {outputs}; both must be at least 1")
+
+
 def check_layers(
     sizes: Sequence[int], offsets: Sequence[Sequence[int]], activation: str, dropout: float, norm: str
 ) -> None:
     """Raises ``ValueError`` if no network has such hidden layers."""
-    _check_sizes(sizes)
+    check_sizes(sizes)
     _check_offsets(offsets, len(sizes))
-    _check_layer_options(activation, dropout, norm)
+    check_layer_options(activation, dropout, norm)
 
 
-def _check_sizes(sizes: Sequence[int]) -> None:
+def check_sizes(sizes: Sequence[int]) -> None:
+    """Raises ``ValueError`` if there is no layer, or one without units."""
     if len(sizes) == 0 or any(size < 1 for size in sizes):
         raise ValueError(f"sizes is {list(sizes)}; give the units of each hidden layer, at least one layer of one unit")
 
@@ -274,9 +305,10 @@ def _check_offsets(offsets: Sequence[Sequence[int]], layers: int) -> None:
             raise ValueError(f"offsets[{number}] is {list(shifts)}; it must reach from at most 0 to at least 0")
 
 
-def _check_layer_options(activation: str, dropout: float, norm: str) -> None:
-    if activation not in _FUNCTIONS:
-        raise ValueError(f"activation is {activation!r}; choose one of {', '.join(_FUNCTIONS)}")
+def check_layer_options(activation: str, dropout: float, norm: str) -> None:
+    """Raises ``ValueError`` if no hidden layer has such options."""
+    if activation not in FUNCTIONS:
+        raise ValueError(f"activation is {activation!r}; choose one of {', '.join(FUNCTIONS)}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout is {dropout}; give a probability in [0, 1)")
     if norm not in ("layer", "none"):

@@ -14,6 +14,7 @@ from quadric.linalg.pairs import Pair
 from quadric.linalg.truncation import Residual
 from quadric.loss.loss import CrossEntropy, SquaredError
 from quadric.model.acoustic import TDNN
+from quadric.model.recurrent import LSTM, RNN
 from quadric.objective.curvature import Curvature
 from quadric.objective.objective import Objective
 from quadric.optim.descent import LocalModel
@@ -153,6 +154,17 @@ def test_uses_of_a_time_delay_network_are_those_of_its_tree() -> None:
     model = TDNN(3, 4, (6,) * 5, offsets=offsets, activation="tanh")
     found = counts(model, model.left_context + 9 + model.right_context, 3)
     assert [found[name] for name in found if name.endswith("weight")] == [7, 4, 2, 1, 1, 1]
+
+
+@pytest.mark.parametrize("kind", [RNN, LSTM])
+def test_uses_of_an_unfolded_layer_are_its_steps(kind: type[RNN | LSTM]) -> None:
+    """But one for what a layer hands to itself: the first step starts from zero."""
+    model = kind(3, 4, [6, 6], feed_forward=[5], window=(14, 5), activation="tanh")
+    found = counts(model, 14 + 9 + 5, 3)
+    recurrent = {name.partition("layers.")[2]: n for name, n in found.items() if name.startswith("hidden.0")}
+    each = {"input.weight": 20.0, "input.bias": 20.0, "recurrent.weight": 19.0}
+    assert recurrent == {f"{layer}.{name}": n for layer in (0, 1) for name, n in each.items()}
+    assert {found[name] for name in found if not name.startswith("hidden.0")} == {1.0}
 
 
 @pytest.mark.parametrize("layer", [nn.RNN, nn.LSTM, nn.GRU])
