@@ -30,7 +30,7 @@ try:
     from quadric.train.decode import check_output, decode_directory
     from quadric.train.overrides import absent_options, convert, options, override
     from quadric.train.pipeline import report, run
-    from quadric.train.recipe import Job
+    from quadric.train.recipe import PAPER_NETWORKS, Job
     from quadric.train.stages import plain
     from quadric.train.trainer import Interrupted
 except ModuleNotFoundError as missing:
@@ -169,6 +169,7 @@ def _recipes() -> str:
         "\nalignments=FILE takes times of phones or of words (FILE.ctm), or a Kaldi archive of one pdf a frame,"
     )
     lines.append("numbered as quadric does: state s of phone p is 3 p + s; phone 0 is SIL, then the lexicon's, by name")
+    lines.append(f"\nnetwork=NAME takes {', '.join(PAPER_NETWORKS)}; network.OPTION=VALUE after it changes parts of it")
     lines.append("\nall options of a recipe with their values: quadric train RECIPE ... --options")
     return "\n".join(lines)
 

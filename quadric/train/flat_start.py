@@ -20,7 +20,7 @@ from jaxtyping import Float, Int32
 from quadric.data.stream import FrameStream
 from quadric.loss.full_sum import FullSum, FullSumTarget
 from quadric.loss.loss import CrossEntropy, Loss
-from quadric.model.acoustic import TDNN, log_priors
+from quadric.model.acoustic import AcousticModel, log_priors
 from quadric.optim.sampling import FixedSizes
 from quadric.progress import Progress
 from quadric.speech.alignment import Alignments, ForcedAlignment, align, fit_lengths, load_alignments, save_alignments
@@ -95,7 +95,7 @@ def viterbi(
     job: Job,
     prepared: Prepared,
     tying: Tying,
-    model: TDNN,
+    model: AcousticModel,
     log_prior: Float[np.ndarray, " C"],
     progress: Progress,
 ) -> dict[Split, dict[str, Int32[np.ndarray, " T"]]]:
@@ -209,7 +209,7 @@ def _refuse_none(found: Mapping[str, object], path: Path) -> None:
 
 def _train(
     job: Job, prepared: Prepared, tying: Tying, first: Targets, folder: Path, progress: Progress
-) -> tuple[TDNN, Float[np.ndarray, " C"]]:
+) -> tuple[AcousticModel, Float[np.ndarray, " C"]]:
     """The small network and the log-prior of its outputs."""
     options = job.flat_start
     torch.manual_seed(job.seed)
@@ -242,7 +242,14 @@ def _train(
 
 
 def _fit(
-    job: Job, model: TDNN, loss: Loss, stream: FrameStream, epochs: float, folder: Path, progress: Progress, what: str
+    job: Job,
+    model: AcousticModel,
+    loss: Loss,
+    stream: FrameStream,
+    epochs: float,
+    folder: Path,
+    progress: Progress,
+    what: str,
 ) -> None:
     """Trains ``model`` in place by Adam, or takes its parameters from ``folder`` where that was done before."""
     plan = Plan(epochs, FixedSizes(job.flat_start.gradient_frames), autocast=job.autocast, seed=job.seed)
@@ -253,7 +260,7 @@ def _fit(
 
 
 @torch.no_grad()
-def _mean_posterior(model: TDNN, frames: FrameStream) -> Float[torch.Tensor, " C"]:
+def _mean_posterior(model: AcousticModel, frames: FrameStream) -> Float[torch.Tensor, " C"]:
     """The log of the mean output probability of each pdf."""
     model.eval()
     total = torch.zeros(model.outputs, dtype=torch.float64)

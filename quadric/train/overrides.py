@@ -7,7 +7,7 @@ import difflib
 import json
 import pkgutil
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ def override(record: Record, assignments: Iterable[str]) -> Record:
 
     All are replaced at once, so that options which only go together can be given in any order. Values are written as
     JSON or as bare words: ``8``, ``3e-4``, ``[512, 512]``, ``none``, ``tdnn``. Types are checked against the field's.
+    A group of options takes a name of its type's ``presets()``, where it has any; what follows may change parts of it.
 
     Raises:
         ValueError: no ``=``, no such field (with the nearest names), or a value of the wrong type.
@@ -119,6 +120,11 @@ def _group(record: Any, name: str) -> type | None:
     return next((kind for kind in kinds if isinstance(kind, type) and dataclasses.is_dataclass(kind)), None)
 
 
+def _presets(kind: Any) -> Mapping[str, Any]:
+    """The records of a type that have a name."""
+    return kind.presets() if hasattr(kind, "presets") else {}
+
+
 def convert(kind: Any, text: str, path: str) -> Any:
     """``text`` as a value of type ``kind``; ``path`` names the option in the error.
 
@@ -133,6 +139,9 @@ def convert(kind: Any, text: str, path: str) -> Any:
         except json.JSONDecodeError:
             value = text
     if dataclasses.is_dataclass(kind):
+        named = _presets(kind)
+        if text in named:
+            return named[text]
         raise ValueError(f"{path}={text}: {_wanted(kind, path)}")
     if typing.get_origin(kind) is type:
         return _subclass(typing.get_args(kind)[0], text, path)
@@ -173,7 +182,9 @@ def _wanted(kind: Any, path: str) -> str:
     parts = typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
         names = [field.name for field in dataclasses.fields(kind)]
-        return f"a group of options; set one of them, for example {path}.{names[0]}=value (it has {', '.join(names)})"
+        named = f", or all of them, {path}=NAME: {', '.join(_presets(kind))}" if _presets(kind) else ""
+        example = f"for example {path}.{names[0]}=value (it has {', '.join(names)})"
+        return f"a group of options; set one of them, {example}{named}"
     if typing.get_origin(kind) is typing.Literal:
         return " or ".join(map(repr, parts))
     if type(None) in parts:

@@ -22,7 +22,7 @@ from quadric.comm.communicator import Communicator, Solo
 from quadric.data.stream import FrameStream
 from quadric.files import new_file
 from quadric.loss.loss import CrossEntropy
-from quadric.model.acoustic import TDNN, log_priors
+from quadric.model.acoustic import AcousticModel, log_priors
 from quadric.progress import Progress, silent
 from quadric.speech import scoring
 from quadric.speech.corpus import Corpus
@@ -170,7 +170,7 @@ def _realigned(
     return Aligned.load(aligned.tying, communicator.first_then_all("aligning again", made))
 
 
-def _network(job: Job, prepared: Prepared, units: Units, trained: Path) -> TDNN:
+def _network(job: Job, prepared: Prepared, units: Units, trained: Path) -> AcousticModel:
     """The network in the folder of a training, with its best parameters."""
     model = job.network.build(prepared.dimension, units.tying.num_pdfs)
     with reading(trained):

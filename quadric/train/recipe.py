@@ -5,12 +5,14 @@ A record's fields are its options; their docstrings are the manual.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from quadric.data.augment import SpecAugment
-from quadric.model.acoustic import DNN, SHIFTS, TDNN, Activation, Norm, check_layers
+from quadric.model.acoustic import DNN, SHIFTS, TDNN, AcousticModel, Activation, Norm, check_layers
+from quadric.model.recurrent import LSTM, RNN, UNFOLDING, check_recurrent
 from quadric.speech.features import Fbank
 from quadric.speech.gaussian import GaussianBootstrap
 from quadric.speech.normalisation import Normalisation
@@ -24,50 +26,70 @@ from quadric.train.sources import Source
 class Network:
     """The acoustic model.
 
+    On the command line ``network=NAME`` takes one of `PAPER_NETWORKS`, whose options may then be changed.
+
     Attributes:
-        kind: ``"dnn"`` splices a window once, ``"tdnn"`` in every layer.
-        sizes: units of each hidden layer.
+        kind: ``"dnn"`` splices a window once, ``"tdnn"`` in every layer; ``"rnn"`` and ``"lstm"`` run through a window.
+        sizes: units of each hidden layer; of an RNN or LSTM, of each recurrent layer.
         context: frames on either side of a DNN's window.
         offsets: a TDNN's frame offsets, one tuple per hidden layer.
-        activation: of the hidden units.
-        dropout: probability of dropping a hidden unit while training.
-        norm: ``"layer"`` normalises each frame's units before the activation.
+        feed_forward: units of each layer above the recurrent ones.
+        window: frames before and after the scored one that an RNN or LSTM runs through; its time is that of as many
+            steps for every frame.
+        activation: of the hidden units; of an LSTM, of its feed-forward layers.
+        dropout: probability of dropping a hidden unit while training; of a recurrent one, for the layer above alone.
+        norm: ``"layer"`` normalises each frame's units before the activation, in feed-forward layers.
     """
 
-    kind: Literal["dnn", "tdnn"] = "tdnn"
+    kind: Literal["dnn", "tdnn", "rnn", "lstm"] = "tdnn"
     sizes: tuple[int, ...] = (512, 512, 512, 512, 512)
     context: int = 10
     offsets: tuple[tuple[int, ...], ...] = SHIFTS
+    feed_forward: tuple[int, ...] = ()
+    window: tuple[int, int] = UNFOLDING
     activation: Activation = "relu"
     dropout: float = 0.0
     norm: Norm = "layer"
 
     def __post_init__(self) -> None:
         check(self, context=NOT_NEGATIVE)
+        if self.kind in ("rnn", "lstm"):
+            check_recurrent(self.sizes, self.feed_forward, self.window, self.activation, self.dropout, self.norm)
+            return
         offsets = ((0,),) * len(self.sizes) if self.kind == "dnn" else self.offsets
         check_layers(self.sizes, offsets, self.activation, self.dropout, self.norm)
-
-    def build(self, inputs: int, outputs: int) -> TDNN:
-        """The network, initialised from torch's random numbers."""
-        if self.kind == "dnn":
-            return DNN(
-                inputs,
-                outputs,
-                self.sizes,
-                context=self.context,
-                activation=self.activation,
-                dropout=self.dropout,
-                norm=self.norm,
+        if self.feed_forward:
+            raise ValueError(
+                f"feed_forward={self.feed_forward}: kind={self.kind} has no layers but those of sizes: add them there, "
+                "or choose kind=rnn or kind=lstm"
             )
-        return TDNN(
-            inputs,
-            outputs,
-            self.sizes,
-            offsets=self.offsets,
-            activation=self.activation,
-            dropout=self.dropout,
-            norm=self.norm,
-        )
+
+    def build(self, inputs: int, outputs: int) -> AcousticModel:
+        """The network, initialised from torch's random numbers."""
+        common: dict[str, Any] = {"activation": self.activation, "dropout": self.dropout, "norm": self.norm}
+        if self.kind == "dnn":
+            return DNN(inputs, outputs, self.sizes, context=self.context, **common)
+        if self.kind == "tdnn":
+            return TDNN(inputs, outputs, self.sizes, offsets=self.offsets, **common)
+        kind = RNN if self.kind == "rnn" else LSTM
+        return kind(inputs, outputs, self.sizes, feed_forward=self.feed_forward, window=self.window, **common)
+
+    @staticmethod
+    def presets() -> Mapping[str, Network]:
+        """The networks that ``network=NAME`` takes."""
+        return PAPER_NETWORKS
+
+
+PAPER_NETWORKS: Mapping[str, Network] = {
+    "paper-dnn": Network("dnn", (1000,) * 5, context=4, norm="none"),
+    "paper-tdnn": Network("tdnn", (1000,) * 5, norm="none"),
+    "paper-rnn": Network("rnn", (1000, 1000), feed_forward=(1000,), norm="none"),
+    "paper-lstm": Network("lstm", (1000, 1000), feed_forward=(1000,), norm="none"),
+}
+"""The networks of the NGHF experiments (Haider and Woodland, 2018, 2021), with relu; they have sigmoid as well.
+
+Their features are 40 log-Mel filterbanks, for all but the TDNN with first differences: ``fbank.bins=40 deltas=1``.
+"""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 
 from quadric.data.batch import pad_context
 from quadric.files import new_folder
-from quadric.model.acoustic import TDNN, log_likelihoods
+from quadric.model.acoustic import AcousticModel, log_likelihoods
 from quadric.progress import Progress
 from quadric.speech.decoding import DecodeOptions, Decoder, Hypothesis
 from quadric.speech.features import Fbank
@@ -45,7 +45,7 @@ class Likelihoods(Mapping[str, np.ndarray]):
 
     def __init__(
         self,
-        model: TDNN,
+        model: AcousticModel,
         features: Mapping[str, np.ndarray],
         log_prior: Float[np.ndarray, " C"],
         *,
@@ -109,7 +109,7 @@ class System:
     front: Front
     inputs: int
     network: Network
-    model: TDNN
+    model: AcousticModel
     log_prior: Float[np.ndarray, " C"]
     tying: Tying
     lexicon: Lexicon

@@ -22,6 +22,16 @@ class Inner:
 
 
 @dataclasses.dataclass(frozen=True)
+class Named:
+    depth: int = 1
+    width: int = 1
+
+    @staticmethod
+    def presets() -> dict[str, Named]:
+        return {"deep": Named(9), "wide": Named(1, 9)}
+
+
+@dataclasses.dataclass(frozen=True)
 class Outer:
     rate: float = 1.0
     sizes: tuple[int, ...] = (1,)
@@ -30,6 +40,7 @@ class Outer:
     kind: Literal["a", "b"] = "a"
     name: str = "n"
     inner: Inner = Inner()
+    named: Named = Named()
     maybe: Inner | None = None
     optimizer: type[torch.optim.Optimizer] = torch.optim.Adam
 
@@ -40,6 +51,12 @@ def test_values_take_the_fields_types() -> None:
         ["rate=1e-3", "sizes=[4, 5]", "nested=[[1],[2,3]]", "path=a/b", "kind=b", "name=12", "inner.depth=7"],
     )
     assert changed == Outer(1e-3, (4, 5), ((1,), (2, 3)), Path("a/b"), "b", "12", Inner(7))
+
+
+def test_a_group_with_names_takes_one_and_then_changes() -> None:
+    assert override(Outer(), ["named=deep"]).named == Named(9, 1)
+    assert override(Outer(), ["named=wide", "named.depth=3"]).named == Named(3, 9)
+    assert override(Outer(), ["named.depth=3", "named=wide"]).named == Named(1, 9)
 
 
 def test_an_absent_group_comes_to_life_and_goes() -> None:
@@ -63,7 +80,8 @@ def test_an_absent_group_comes_to_life_and_goes() -> None:
             r"nested=\[1\]: must be a list of lists of whole numbers, for example nested=\[\[4,5\],\[4,5\]\]",
         ),
         ("maybe=3", r"maybe=3: must be none or a group of options; set one of them, for example maybe.depth=value"),
-        ("inner=3", "a group of options.*inner.depth=value"),
+        ("inner=3", r"a group of options.*inner.depth=value \(it has depth\)$"),
+        ("named=flat", r"named=flat: a group of options.*, or all of them, named=NAME: deep, wide$"),
         ("name.first=3", "name.first"),
         ("optimizer=Sgd", "no such Optimizer; name its class, for example torch.optim.SGD"),
         ("optimizer=torch.nn.Linear", "no such Optimizer"),
