@@ -228,10 +228,9 @@ class Objective:
                 output = self._output(inputs, seed, leaves)
                 products = [self._output_curvature(kind, output.detach(), target, seed) for kind in of_jacobian]
                 linearised = Linearisation.of(parameters, output, products[0])
-            if place == 0:
-                for kind, product in zip(of_jacobian, products, strict=True):
-                    _check_symmetric(kind, product, output.detach(), self.loss)
             for kind, product in zip(of_jacobian, products, strict=True):
+                if place == 0:
+                    _check_symmetric(kind, product, output.detach(), self.loss)
                 recorded[kind] = replace(linearised, output_curvature=product)
         return recorded
 
@@ -312,8 +311,13 @@ class Objective:
                 )
             if any(isinstance(batch, Tensor) for batch in batches):
                 raise ValueError(f"{name} holds tensors: give a list of micro-batches, such as [(inputs, target)]")
-        own = [sum(float(self.loss.weight(target)) for _, target, *_ in batches) for batches in sets.values()]
-        frames = torch.tensor(own, dtype=torch.float64, device=self.space.device)
+        by_identity = {id(batches): batches for batches in sets.values()}
+        own = {
+            known: sum(float(self.loss.weight(target)) for _, target, *_ in batches)
+            for known, batches in by_identity.items()
+        }
+        weights = [own[id(batches)] for batches in sets.values()]
+        frames = torch.tensor(weights, dtype=torch.float64, device=self.space.device)
         self.communicator.sum_(frames)
         for (name, batches), weight in zip(sets.items(), frames.tolist(), strict=True):
             if not 0 <= weight < math.inf:

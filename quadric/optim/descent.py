@@ -97,9 +97,7 @@ class Descent(ABC):
 
 @dataclass(frozen=True)
 class NewtonCG(Descent):
-    """(B + lambda I) d = -g by a truncated Krylov solve (Martens, 2010).
-
-    Hessian-free with the Gauss-Newton matrix as B, natural gradient with a Fisher matrix.
+    """(B + lambda I) d = -g by a truncated Krylov solve: Hessian-free with the Gauss-Newton matrix (Martens, 2010).
 
     Attributes:
         solver: of the linear system.
@@ -127,8 +125,20 @@ class NewtonCG(Descent):
         return self.solver.solve(Shifted(local.curvature, damping), -local.gradient, x0=start, M=M)
 
 
+def _short_run() -> KrylovSolver:
+    """Eight iterations, of which the search sees all."""
+    return ConjugateGradient(8, FixedIterations(8), storage_ratio=EVERY_ITERATE)
+
+
+class _ByMetric(Descent):
+    """Solves with the metric first; lambda is a share of that along the gradient."""
+
+    def shift(self, local: LocalModel, damping: float) -> float:
+        return damping * local.metric_scale if damping else 0.0
+
+
 @dataclass(frozen=True)
-class NaturalGradient(Descent):
+class NaturalGradient(_ByMetric):
     """F x = -g by a truncated Krylov solve, mu x by the quadratic model (Haider and Woodland, 2017).
 
     The empirical Fisher matrix is of another scale than the objective's curvature (it grows with the square of the
@@ -144,14 +154,9 @@ class NaturalGradient(Descent):
         kind: B.
     """
 
-    solver: KrylovSolver = field(
-        default_factory=lambda: ConjugateGradient(8, FixedIterations(8), storage_ratio=EVERY_ITERATE)
-    )
+    solver: KrylovSolver = field(default_factory=_short_run)
     metric: Curvature = Curvature.EMPIRICAL_FISHER
     kind: Curvature = Curvature.GAUSS_NEWTON
-
-    def shift(self, local: LocalModel, damping: float) -> float:
-        return damping * local.metric_scale if damping else 0.0
 
     def propose(
         self,
@@ -170,7 +175,7 @@ class NaturalGradient(Descent):
 
 
 @dataclass(frozen=True)
-class NGHF(Descent):
+class NGHF(_ByMetric):
     """Natural gradient, then Hessian-free from it, by two short runs (Haider et al., 2021, section 6).
 
     Run 1 solves F x = -g for the natural gradient x, run 2 B d = x; both start from zero. The path is that of run 2.
@@ -195,15 +200,10 @@ class NGHF(Descent):
     """
 
     natural: KrylovSolver = field(default_factory=lambda: ConjugateGradient(8, FixedIterations(8)))
-    solver: KrylovSolver = field(
-        default_factory=lambda: ConjugateGradient(8, FixedIterations(8), storage_ratio=EVERY_ITERATE)
-    )
+    solver: KrylovSolver = field(default_factory=_short_run)
     kind: Curvature = Curvature.GAUSS_NEWTON
     metric: Curvature = Curvature.EMPIRICAL_FISHER
     preconditions: bool = True
-
-    def shift(self, local: LocalModel, damping: float) -> float:
-        return damping * local.metric_scale if damping else 0.0
 
     def propose(
         self,

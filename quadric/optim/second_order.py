@@ -155,9 +155,9 @@ class SecondOrder(torch.optim.Optimizer):
         ratio = self._ratio(local, step)
         if step is not None:
             self._move(space, step.direction)
-        self._remember(space, path.points[-1].x if step is not None and step.scale == 1 else None, path.pairs)
+        whole = step is not None and step.scale == 1
+        self._remember(space, path.points[-1].x if whole else None, path.pairs)
         if path.outcome is not Outcome.ZERO_RIGHT_HAND_SIDE:  # where nothing was asked, nothing was learnt
-            whole = step is not None and step.scale == 1
             self.param_groups[0]["damping"] = self.rule.update(damping, ratio, whole=whole)
         return _diagnose(objective, value, local, path, step, ratio, damping, search.calls)
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from cases import MicroBatch, draw, padded_classes
 from quadric.loss.loss import CrossEntropy, SquaredError
+from quadric.objective.curvature import Curvature
 from quadric.objective.objective import Objective
 from quadric.space import ParameterSpace
 from reference import dense
@@ -187,7 +188,60 @@ def test_low_precision_products_stay_close_and_results_in_the_parameters_type() 
     assert float((product - exact.curvature(theta) @ v).norm() / product.norm()) < 0.05
 
 
+def test_half_precision_products_stay_close_where_nothing_is_too_small_for_it() -> None:
+    model = net().float()
+    batches = [(x.float(), y) for x, y in split(*data(), [2, 4])]
+    exact, fast = (Objective(model, CrossEntropy(), batches, autocast=kind) for kind in (None, torch.float16))
+    theta = exact.space.point()
+    (value, gradient), (expected, wanted) = fast.value_and_grad(theta), exact.value_and_grad(theta)
+    assert 0 < abs(value - expected) < 2e-3
+    products = [o.curvature(theta, kind) @ gradient for o in (fast, exact) for kind in Curvature]
+    pairs = [(gradient, wanted), *zip(products[: len(Curvature)], products[len(Curvature) :], strict=True)]
+    for rough, right in pairs:
+        assert rough.dtype == torch.float32
+        assert 0 < float((rough - right).norm()) < 5e-3 * float(right.norm())
+
+
+def test_a_layer_that_is_looked_up_by_whole_numbers() -> None:
+    """The inputs are indices: they take no gradient, and some rows of the table are not used."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(7, 3, padding_idx=0), nn.Tanh(), nn.Linear(3, 4)).double()
+    inputs = torch.tensor([[1, 2, 2, 5, 0], [5, 1, 3, 0, 0]])
+    batches = split(inputs, padded_classes(5, 4, [5, 3]), [1, 1])
+    objective = Objective(model, CrossEntropy(), batches)
+    theta = objective.space.point().requires_grad_()
+    (expected,) = torch.autograd.grad(dense.mean_loss(model, CrossEntropy(), batches, theta), theta)
+    theta = theta.detach()
+    gradient = objective.value_and_grad(theta)[1]
+    torch.testing.assert_close(gradient, expected, rtol=1e-11, atol=1e-14)
+    assert not objective.space.views(gradient)["0.weight"][[0, 4, 6]].any()
+    matrix = dense.matrix_of(objective.curvature(theta))
+    assert matrix.any() and not matrix[:3].any()  # the row of padding
+    used = [i for i in range(len(theta)) if i >= 3]
+    twin = dense.gauss_newton(model, CrossEntropy(), batches, theta)
+    torch.testing.assert_close(matrix[used][:, used], twin[used][:, used], rtol=1e-10, atol=1e-13)
+    assert float(objective()) == pytest.approx(objective.value(theta), rel=1e-13)
+
+
+def test_data_that_is_of_both_sets_is_weighed_once() -> None:
+    class Counting(CrossEntropy):
+        calls = 0
+
+        def weight(self, target: Tensor) -> Tensor:
+            Counting.calls += 1
+            return super().weight(target)
+
+    batches = split(*data(), [2, 4])
+    for curvature, calls in ((None, 2), (batches, 2), (batches[:1], 3)):
+        Counting.calls = 0
+        objective = Objective(net(), Counting(), batches, curvature)
+        assert (objective.frames, Counting.calls) == (23, calls)
+        assert objective.curvature_frames == (9 if calls == 3 else 23)
+
+
 def test_misuse_is_explained() -> None:
+    with pytest.raises(ValueError, match="model=Sequential has no trainable parameter: nothing to optimise"):
+        Objective(net().requires_grad_(False), CrossEntropy(), [data()])
     with pytest.raises(ValueError, match=r"gradient holds 0 micro-batches and no frame.*give it data"):
         Objective(net(), CrossEntropy(), [])
     nothing = (draw(1, 2, 3), torch.full((1, 2), -1))
