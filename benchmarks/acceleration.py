@@ -35,8 +35,9 @@ from torch import nn
 from common import Table, Training
 from frames import Speech, add_speech_options, load_speech
 from quadric.linalg.pairs import LastPairs, PairSelection, SpreadPairs
+from quadric.objective.objective import Objective
 from quadric.optim.precondition import LBFGS
-from quadric.optim.sampling import FixedSizes, GeometricSizes, Sampler, VarianceTested
+from quadric.optim.sampling import FixedSizes, GeometricSizes, Sampler, Sizes, VarianceTested
 from quadric.optim.second_order import SecondOrder, hessian_free
 
 COLUMNS = ("method", "seconds", "updates", "iterations", "products", "million frames", "speed-up", "loss at the end")
@@ -105,12 +106,13 @@ METHODS: dict[str, Method] = {
 def train(method: Method, speech: Speech, chosen: argparse.Namespace, target: float | None) -> list[Look]:
     """Looks before the first update and after every one: to the target, or for a number of updates where it is None."""
     model = speech.again()
-    training = Training(
-        method.optimizer(model.parameters(), chosen),
-        method.sampler(speech, chosen),
-        speech.stream.total_frames,
-        lambda sizes, update: speech.objective(model, sizes, update, autocast=method.autocast),
-    )
+    sampler = method.sampler(speech, chosen)
+
+    def objective(sizes: Sizes, update: int) -> Objective:
+        return speech.objective(model, sizes, update, parts=sampler.parts, autocast=method.autocast)
+
+    optimizer = method.optimizer(model.parameters(), chosen)
+    training = Training(optimizer, sampler, speech.stream.total_frames, objective)
     looks = [asdict(training.cost) | speech.look(model)]
     while True:
         loss, seconds = looks[-1]["loss"], training.cost.seconds
@@ -189,17 +191,7 @@ def main() -> None:
         plain = at["seconds"] if at else None
         names = ["plain", *(name for name in names if name != "plain")]
     print(f"target: a held-out loss of {target:.4f}\n")
-    columns = (
-        "method",
-        "seconds",
-        "updates",
-        "iterations",
-        "products",
-        "million frames",
-        "speed-up",
-        "loss at the end",
-    )
-    table = Table(columns, chosen.json)
+    table = Table(COLUMNS, chosen.json)
     for name in names:
         looks = first if name == "plain" else train(METHODS[name], speech, chosen, target)
         table.add(*row(name, looks, target, plain))

@@ -47,11 +47,21 @@ class Speech:
         return deepcopy(self.model)
 
     def objective(
-        self, model: TDNN, sizes: Sizes, update: int, *, autocast: torch.dtype | None = None, kind: type = Objective
+        self,
+        model: TDNN,
+        sizes: Sizes,
+        update: int,
+        *,
+        parts: int = 1,
+        autocast: torch.dtype | None = None,
+        kind: type = Objective,
     ) -> Objective:
-        """The frame cross-entropy on new frames of these sizes; without curvature's where that size is 0."""
+        """The frame cross-entropy on new frames of these sizes; without curvature's where that size is 0.
+
+        The gradient's are in so many micro-batches at least, as a sampler asks by its ``parts``.
+        """
         curvature = self.stream.sample(sizes.curvature, key=update) if sizes.curvature else None
-        drawn = self.stream.draw(sizes.gradient)
+        drawn = self.stream.draw(sizes.gradient, parts)
         return kind(model, CrossEntropy(), drawn, curvature, autocast=autocast, seed=update)
 
     def look(self, model: TDNN) -> dict[str, float]:

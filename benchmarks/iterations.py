@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -51,10 +51,11 @@ PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.floa
 class Unscaled(Objective):
     """An objective whose curvature takes every v as it is."""
 
-    def curvature(self, theta: Tensor, kind: Curvature = Curvature.GAUSS_NEWTON) -> CurvatureOperator:
-        operator = super().curvature(theta, kind)
-        operator.scale = 0.0
-        return operator
+    def curvatures(self, theta: Tensor, kinds: Sequence[Curvature]) -> list[CurvatureOperator]:
+        operators = super().curvatures(theta, kinds)
+        for operator in operators:
+            operator.scale = 0.0
+        return operators
 
 
 def warm(speech: Speech, chosen: argparse.Namespace) -> Speech:

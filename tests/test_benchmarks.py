@@ -11,6 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from quadric.data.stream import FrameStream
+from quadric.model.acoustic import TDNN
+from quadric.objective.curvature import Curvature
+from quadric.optim.sampling import Sizes
+
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 SCRIPTS = sorted(path.stem for path in BENCHMARKS.glob("*.py") if "__main__" in path.read_text())
 NEEDS_SPEECH = {"acceleration", "iterations", "speech"}
@@ -32,6 +37,24 @@ def test_help_is_given(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         runpy.run_path(str(BENCHMARKS / f"{name}.py"), run_name="__main__")
     assert end.value.code == 0
     assert f"python benchmarks/{name}.py" in capsys.readouterr().out
+
+
+@pytest.mark.speech
+def test_frames_come_in_as_many_parts_as_a_sampler_asks_for_and_unscaled_where_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    pytest.importorskip("kaldifst", reason="needs the speech extra")
+    frames, iterations = (importlib.import_module(name) for name in ("frames", "iterations"))
+    rng = np.random.default_rng(0)
+    features = {f"u{i}": rng.normal(size=(40, 3)).astype(np.float32) for i in range(10)}
+    stream = FrameStream(features, {id: rng.integers(0, 4, 40) for id in features}, context=(0, 0))
+    speech = frames.Speech(TDNN(3, 4, [5], offsets=[(0,)]), stream, stream)
+    made = speech.objective(speech.again(), Sizes(200, 40), 3, parts=4, kind=iterations.Unscaled)
+    assert made.frames == 200 and len(made._gradient) >= 4
+    operators = made.curvatures(made.space.point(), (Curvature.GAUSS_NEWTON, Curvature.EMPIRICAL_FISHER))
+    assert [operator.scale for operator in operators] == [0.0, 0.0]
+    assert len(speech.objective(speech.again(), Sizes(200, 40), 3)._gradient) == 1
 
 
 def test_curves_are_the_same_again_and_probabilities(images: Any) -> None:
