@@ -94,6 +94,10 @@ class FullSum(Loss):
     def weight(self, target: Sequence[FullSumTarget]) -> Tensor:
         return torch.tensor(sum(map(len, target)))
 
+    def extra_repr(self) -> str:
+        """The options, by which ranks are compared."""
+        return f"outputs={len(self.log_prior)}, scale={self.scale}, prior_scale={self.prior_scale}"
+
     def _check(self, output: Tensor, target: Sequence[FullSumTarget]) -> None:
         if output.ndim != 3 or output.shape[-1] != len(self.log_prior):
             raise ValueError(f"output must be [B, T, {len(self.log_prior)}], not {list(output.shape)}")

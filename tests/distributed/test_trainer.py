@@ -172,6 +172,7 @@ def test_ranks_that_train_otherwise_are_refused(tmp_path: Path) -> None:
         "activation": ("the model's layers", r"Tanh\(\)", r"ReLU\(\)"),
         "dropout": ("the model's layers", "p=0.25", "p=0.5"),
         "loss": ("the loss", "CrossEntropy", "Bernoulli"),
+        "scale": ("the loss", r"FullSum\(.* scale=0.5", "scale=0.6"),
         "method": ("the optimiser", "AdamW", "NAdam"),
         "lr": ("the optimiser", "'lr': 0.00999", "'lr': 0.01000"),
         "max_steps": ("the optimiser", "max_steps=5", "max_steps=6"),

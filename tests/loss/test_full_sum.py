@@ -97,6 +97,14 @@ def test_weight_is_the_frames_and_the_prior_is_saved() -> None:
     assert torch.equal(loss.state_dict()["log_prior"], PRIOR)
 
 
+def test_its_options_are_told() -> None:
+    """By them a training compares its ranks; ``scale`` may follow a schedule."""
+    loss = FullSum(PRIOR, scale=0.3, prior_scale=0.7)
+    assert repr(loss) == "FullSum(outputs=4, scale=0.3, prior_scale=0.7)"
+    loss.scale = 0.5
+    assert "scale=0.5, " in repr(loss)
+
+
 @pytest.mark.parametrize(
     ("shape", "target", "message"),
     [

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import quadric.train.trainer
 from quadric.comm.communicator import Communicator, Solo
+from quadric.loss.full_sum import FullSum
 from quadric.loss.loss import Bernoulli, CrossEntropy
 from quadric.optim.damping import AfterRejection, Fixed
 from quadric.optim.precondition import Preconditioner, SharedCounts
@@ -24,7 +25,7 @@ from quadric.optim.search import Backtracking
 from quadric.optim.second_order import hessian_free, natural_gradient
 from quadric.train.trainer import Plan, Trainer, evaluate
 from reference.ranks import die
-from reference.training import network, parameters, speech
+from reference.training import CLASSES, network, parameters, speech
 
 METHODS: dict[str, tuple[Callable[..., Any], Plan]] = {
     "AdamW": (lambda params: torch.optim.AdamW(params, lr=1e-2), Plan(4, FixedSizes(130), evaluations=5)),
@@ -154,6 +155,8 @@ def trains_otherwise(communicator: Communicator, folder: Path, how: str) -> None
         training.model[2] = (nn.Tanh(), nn.ReLU())[rank]
     elif how == "dropout":
         training.model[3] = nn.Dropout((0.25, 0.5)[rank])
+    elif how == "scale":
+        training.loss = FullSum(torch.zeros(CLASSES), scale=(0.5, 0.6)[rank])
     elif how == "loss":
         training.loss = (CrossEntropy(), Bernoulli())[rank]
     else:
