@@ -20,6 +20,7 @@ from quadric.linalg.pairs import Pair
 from quadric.linalg.solver import ChangingInverse, Ending, Iterate, KrylovSolver, Progress, checked_inverse, fixed
 from quadric.linalg.truncation import Residual, Truncation
 from quadric.linalg.vector import dot
+from quadric.options import check_whole
 from quadric.outcome import Outcome
 
 
@@ -140,6 +141,7 @@ class Notay(Conjugation):
     restart: bool = True
 
     def __post_init__(self) -> None:
+        check_whole(directions=self.directions)
         if self.directions < 1:
             raise ValueError(f"directions={self.directions}: at least one, or it is steepest descent")
 

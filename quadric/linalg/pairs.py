@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from quadric.linalg.vector import dot
+from quadric.options import check_whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,5 +112,6 @@ class SpreadPairs(PairSelection):
 
 
 def _check(memory: int) -> None:
+    check_whole(memory=memory)
     if memory < 1:
         raise ValueError(f"memory={memory}: at least one pair; to keep none, give the solver pairs=None")

@@ -19,6 +19,7 @@ from quadric.linalg.operator import Identity, LinearOperator
 from quadric.linalg.pairs import Pair, PairSelection
 from quadric.linalg.truncation import RelativeProgress, Truncation
 from quadric.linalg.vector import dot
+from quadric.options import check_whole
 from quadric.outcome import Outcome
 
 
@@ -122,6 +123,7 @@ class KrylovSolver(ABC):
     pairs: PairSelection | None = None
 
     def __post_init__(self) -> None:
+        check_whole(max_steps=self.max_steps)
         if self.max_steps < 1:
             raise ValueError(f"max_steps={self.max_steps}: at least one step is needed")
         if self.storage_ratio <= 1:

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from quadric.options import check_whole
 from quadric.outcome import Outcome
 
 
@@ -30,6 +31,11 @@ class RelativeProgress(Truncation):
     tolerance: float = 5e-4
     lag: int = 10
     share: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_whole(lag=self.lag)
+        if self.lag < 1:
+            raise ValueError(f"lag={self.lag}: progress is over one iteration at least")
 
     def reached(self, models: Sequence[float], residuals: Sequence[float]) -> Outcome | None:
         i = len(models) - 1
@@ -63,6 +69,7 @@ class FixedIterations(Truncation):
     iterations: int = 8
 
     def __post_init__(self) -> None:
+        check_whole(iterations=self.iterations)
         if self.iterations < 1:
             raise ValueError(f"iterations={self.iterations}: at least one is needed, for example 8")
 

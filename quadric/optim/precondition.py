@@ -11,6 +11,7 @@ from quadric.linalg.pairs import LastPairs, Pair, PairSelection
 from quadric.linalg.solver import ChangingInverse
 from quadric.objective.objective import Objective
 from quadric.optim.descent import LocalModel
+from quadric.options import check_whole
 
 
 class Preconditioner(ABC):
@@ -78,6 +79,7 @@ class FisherDiagonal(Preconditioner):
     def __post_init__(self) -> None:
         if not 0 < self.exponent <= 1:
             raise ValueError(f"exponent={self.exponent}: must be over 0 and at most 1; the paper's is 0.75")
+        check_whole(draws=self.draws)
         if self.draws < 1:
             raise ValueError(f"draws={self.draws}: at least one is needed")
 

@@ -7,6 +7,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from quadric.options import check_whole
+
 
 class Sizes(NamedTuple):
     """Frames of the gradient's and of the curvature's sample; the latter is 0 where there is no curvature."""
@@ -58,6 +60,7 @@ class FixedSizes(Sampler):
 
     def __post_init__(self) -> None:
         _positive(gradient=self.gradient)
+        check_whole(curvature=self.curvature)
         if self.curvature < 0:
             raise ValueError(f"curvature={self.curvature}: frames of the curvature's sample, or 0 for none")
 
@@ -138,6 +141,7 @@ class VarianceTested(Sampler):
                 raise ValueError(f"{name}={getattr(self, name)}: must be over 0 and at most 1")
         if not 1 < self.growth < math.inf:
             raise ValueError(f"growth={self.growth}: must be over 1, or the sample never grows, and finite")
+        check_whole(parts=self.parts)
         if self.parts < 2:
             raise ValueError(f"parts={self.parts}: one micro-batch tells nothing of the variance; give 2 at least")
 
@@ -152,6 +156,7 @@ class VarianceTested(Sampler):
 
 
 def _positive(**values: int) -> None:
+    check_whole(**values)
     for name, value in values.items():
         if value < 1:
             raise ValueError(f"{name}={value}: a sample holds at least one frame")

@@ -14,6 +14,7 @@ from quadric.linalg.solver import Iterate, Path
 from quadric.linalg.vector import dot
 from quadric.objective.objective import Data
 from quadric.optim.descent import LocalModel
+from quadric.options import check_whole
 
 Value = Callable[[Float[Tensor, " n"]], float]
 """The objective's value at a parameter vector."""
@@ -138,6 +139,7 @@ def _candidates(path: Path) -> list[tuple[int, Iterate]]:
 def _check(shrink: float, attempts: int, least: int) -> None:
     if not 0 < shrink < 1:
         raise ValueError(f"shrink={shrink}: a factor between 0 and 1")
+    check_whole(attempts=attempts)
     if attempts < least:
         raise ValueError(f"attempts={attempts}: give {least} at least")
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_type_hints
 
 from quadric.data.stream import MICRO_FRAMES
+from quadric.options import check_whole
 
 Rule = tuple[Callable[[Any], bool], str]
 POSITIVE: Rule = (lambda value: 0 < value < math.inf, "must be positive")
@@ -27,7 +28,14 @@ ALL_FINITE: Rule = (lambda values: len(values) > 0 and all(map(math.isfinite, va
 
 
 def check(record: object, **rules: Rule) -> None:
-    """Raises ``ValueError`` for the first option that breaks its rule: before any work, not in the middle of it."""
+    """Raises ``ValueError`` for the first option that breaks its rule: before any work, not in the middle of it.
+
+    Those that the record declares as ``int`` must be whole numbers besides.
+    """
+    kinds = get_type_hints(type(record))
     for name, (holds, demand) in rules.items():
-        if not holds(getattr(record, name)):
-            raise ValueError(f"{name}={getattr(record, name)}: {demand}")
+        value = getattr(record, name)
+        if kinds[name] is int or (kinds[name] == int | None and value is not None):
+            check_whole(**{name: value})
+        if not holds(value):
+            raise ValueError(f"{name}={value}: {demand}")

@@ -33,6 +33,7 @@ from quadric.loss.loss import Loss
 from quadric.objective.objective import Objective
 from quadric.optim.sampling import Sampler, Seen, Sizes
 from quadric.optim.second_order import SecondOrder
+from quadric.options import check_whole
 from quadric.progress import Progress, silent
 from quadric.stopwatch import Clock
 from quadric.train import checkpoint
@@ -75,6 +76,7 @@ class Plan:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_whole(evaluations=self.evaluations)
         for name in ("epochs", "evaluations"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be positive")
