@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 import cases
 from cases import draw, padded_classes
 from quadric.linalg.krylov import ConjugateGradient, FlexibleCG
 from quadric.linalg.operator import LinearOperator
 from quadric.linalg.pairs import Pair
+from quadric.linalg.solver import ChangingInverse, Path
 from quadric.linalg.truncation import Residual
 from quadric.loss.loss import CrossEntropy, SquaredError
 from quadric.model.acoustic import TDNN
 from quadric.model.recurrent import LSTM, RNN
 from quadric.objective.curvature import Curvature
 from quadric.objective.objective import Objective
+from quadric.optim.damping import Fixed
 from quadric.optim.descent import LocalModel
 from quadric.optim.precondition import LBFGS, FisherDiagonal, Preconditioner, SharedCounts
-from quadric.optim.second_order import hessian_free, natural_gradient, nghf
+from quadric.optim.search import Search, Step, Value
+from quadric.optim.second_order import SecondOrder, hessian_free, natural_gradient, nghf
 from reference import dense
 
 
@@ -73,6 +80,69 @@ def test_a_changing_preconditioner_is_given_a_flexible_solver() -> None:
             for _ in range(3):
                 optimiser.step(objective)
             assert objective.value(objective.space.point()) < before
+
+
+class OneLarge(LinearOperator):
+    """v -> v + 2 u (u'v)."""
+
+    symmetric = True
+
+    def __init__(self, u: Tensor) -> None:
+        self.u, self.size = u, len(u)
+
+    def apply(self, v: Tensor) -> Tensor:
+        return v + 2 * torch.dot(self.u, v) * self.u
+
+
+class OneLargeAlong(Preconditioner):
+    """An operator that no other part knows of; it keeps what it was given to build it."""
+
+    def __init__(self) -> None:
+        self.given: list[tuple[float, float]] = []
+
+    def operator(
+        self, objective: Objective, local: LocalModel, pairs: tuple[Pair, ...], damping: float
+    ) -> LinearOperator | ChangingInverse | None:
+        assert not pairs
+        self.given.append((objective.frames, damping))
+        return OneLarge(functional.normalize(draw(len(local.theta), seed=9), dim=0))
+
+
+class LastIterate(Search):
+    """The end of the path, whatever it brings."""
+
+    def select(self, local: LocalModel, path: Path, value: Value) -> Step | None:
+        found = value(local.theta + path.last.x)
+        return Step(path.last.x, found, found, len(path.points) - 1, 1.0)
+
+
+@pytest.mark.parametrize("build", [hessian_free, natural_gradient, nghf])
+def test_any_operator_of_ones_own_preconditions(build: Callable[..., SecondOrder]) -> None:
+    """To the end of a solve it makes no difference, and to its first iterates it does."""
+    ends = {}
+    for own, steps in itertools.product((False, True), (2, 60)):
+        objective, mine = problem(), OneLargeAlong()
+        options = {"max_steps": steps, "tolerance": 0.0} if build is hessian_free else {"iterations": steps}
+        damping = 0.5 if build is hessian_free else Fixed(0.5)
+        optimiser = build(
+            objective.model.parameters(), damping=damping, preconditioner=mine if own else None, **options
+        )
+        optimiser.search = LastIterate()
+        optimiser.step(objective)
+        ends[own, steps] = objective.space.point()
+        assert mine.given == ([(33.0, pytest.approx(told_damping(build)))] if own else [])
+    torch.testing.assert_close(ends[True, 60], ends[False, 60], rtol=1e-6, atol=1e-8)
+    assert float((ends[True, 2] - ends[False, 2]).norm()) > 1e-3 * float(ends[False, 2].norm())
+
+
+def told_damping(build: Callable[..., SecondOrder]) -> float:
+    """What a lambda of 0.5 comes to for the first matrix that is solved with."""
+    objective = problem()
+    if build is hessian_free:
+        return 0.5
+    theta = objective.space.point()
+    g = objective.value_and_grad(theta)[1]
+    return 0.5 * float(g @ (objective.curvature(theta, Curvature.EMPIRICAL_FISHER) @ g) / (g @ g))
 
 
 @pytest.mark.parametrize("preconditioner", [LBFGS(), LBFGS(changes=True), FisherDiagonal(), SharedCounts()])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import math
 import os
 import re
@@ -171,6 +172,29 @@ def test_curves_and_diagnostics_have_their_drawings(page: str) -> None:
         "CG steps per update against updates",
         "Reduction ratio: actual over predicted against updates",
     ]
+
+
+def test_samples_and_times_of_a_step_have_their_drawings() -> None:
+    works = ("gradient", "products", "evaluation", "preconditioner", "solver", "communication")
+    steps = [
+        {"update": u, "seconds": u * 9.0, "gradient_frames": 100.0 * u, "curvature_frames": 10.0 * u}
+        | {f"{work}_seconds": float(u + i) for i, work in enumerate(works)}
+        for u in range(1, 4)
+    ]
+    drawn = {
+        name: drawing
+        for drawing in re.findall(
+            r"<svg role=.*?</svg>", render(Report("t", [Run("x", steps, {}, 3, 27.0)])), re.DOTALL
+        )
+        for name in re.findall(r'aria-label="([^"]*) against updates"', drawing)
+    }
+    expected = [f"Frames of the {of}'s sample" for of in ("gradient", "curvature")]
+    expected += [f"Seconds of an update: {work}" for work in works]
+    assert list(drawn) == [html.escape(name) for name in expected]
+    for drawing in drawn.values():  # a curve through three points, each with its marker
+        assert len(re.findall(r"<use ", drawing)) >= 3 and "var(--series-1)" in drawing
+    without = [{key: value for key, value in step.items() if key != "solver_seconds"} for step in steps]
+    assert "update: solver" not in render(Report("t", [Run("x", without, {}, 3, 27.0)]))
 
 
 def test_the_best_system_of_each_set_is_marked(page: str) -> None:
