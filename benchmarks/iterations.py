@@ -10,12 +10,13 @@ updates on the same frames. The held-out frames are looked at before and after, 
 
 `--method`: nghf, natural gradient and then Hessian-free; ng, natural gradient alone; hf, the same short run on the
 Gauss-Newton matrix. All choose the best iterate on the curvature's frames; nghf rests at a damping of 0.01, the others
-at none, unless `--damping` fixes it (0 is the paper's). hessian_free: that of Martens with two iterations for each of
+at none, unless `--damping` fixes it (0 is the paper's). `--candidates backwards` evaluates them from the last until the
+loss rises. hessian_free: that of Martens with two iterations for each of
 nghf's one, and Levenberg-Marquardt damping from 0.3 on.
 
 Columns: precision, iterations of each run, scaling, held-out loss, held-out frames right, seconds of all updates,
-updates accepted of all. The first row is the start. The JSON rows also count how updates and solves ended, products and
-frames touched.
+updates accepted of all. The first row is the start. The JSON rows also count how updates and solves ended, products,
+evaluations and frames touched.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from quadric.objective.curvature import Curvature, CurvatureOperator
 from quadric.objective.objective import Objective
 from quadric.optim.damping import Fixed
 from quadric.optim.sampling import FixedSizes
+from quadric.optim.search import BestIterate
 from quadric.optim.second_order import SecondOrder, hessian_free, natural_gradient, nghf
 
 METHODS: dict[str, Callable[..., SecondOrder]] = {
@@ -79,6 +81,8 @@ def train(
     model = speech.again()
     damping = {} if chosen.damping is None else {"damping": Fixed(chosen.damping)}
     optimizer = METHODS[chosen.method](model.parameters(), iterations=iterations, **damping)
+    if isinstance(optimizer.search, BestIterate):
+        optimizer.search = BestIterate(candidates=chosen.candidates)
     training = Training(
         optimizer,
         FixedSizes(speech.share(chosen.gradient), speech.share(chosen.curvature)),
@@ -87,12 +91,14 @@ def train(
     )
     outcomes: Counter[str] = Counter()
     solvers: Counter[str] = Counter()
+    evaluations = 0
     for _ in range(chosen.updates):
         training.update()
         assert optimizer.diagnosis is not None
         outcomes[optimizer.diagnosis.outcome.name.lower()] += 1
         solvers[optimizer.diagnosis.solver.name.lower()] += 1
-    ends = {"outcomes": dict(outcomes), "solvers": dict(solvers)}
+        evaluations += optimizer.diagnosis.evaluations
+    ends = {"outcomes": dict(outcomes), "solvers": dict(solvers), "evaluations": evaluations}
     return asdict(training.cost) | speech.look(model) | ends
 
 
@@ -102,6 +108,8 @@ def parsed() -> argparse.Namespace:
     add_speech_options(parser)
     parser.add_argument("--method", choices=list(METHODS), default="nghf", help="(default: %(default)s)")
     parser.add_argument("--damping", type=float, help="fixed, as a share of the curvature (default: the method's rule)")
+    parser.add_argument("--candidates", choices=("all", "backwards"), default="all",
+                        help="the iterates that are evaluated (default: all)")  # fmt: skip
     parser.add_argument("--iterations", type=int, nargs="+", default=[1, 2, 3, 5, 8, 16, 50, 200], metavar="N",
                         help="of each run of conjugate gradients (default: 1 2 3 5 8 16 50 200)")  # fmt: skip
     parser.add_argument("--precision", nargs="+", choices=list(PRECISIONS), default=["float32"],

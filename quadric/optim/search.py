@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from jaxtyping import Float
 from torch import Tensor
@@ -18,6 +19,9 @@ from quadric.options import check_whole
 
 Value = Callable[[Float[Tensor, " n"]], float]
 """The objective's value at a parameter vector."""
+
+Candidates = Literal["all", "backwards"]
+"""Which points of a path are evaluated: each of them, or from the last backwards until the value rises."""
 
 
 @dataclass(frozen=True)
@@ -104,24 +108,39 @@ class BestIterate(Search):
     The paper takes no step otherwise. Here that point is then shortened until it is: far from a minimum the undamped
     model of a good direction is often wrong about its length.
 
+    The paper evaluates every point, which is 73 % of the time of its solves, and says that it can be done less often.
+    ``candidates="backwards"`` goes from the last point backwards and stops where the value rises, as Martens (2010,
+    section 4.6) does: two evaluations where the last point is best. Where the values fall along the path and then rise,
+    it chooses the same point as ``"all"``; of equal values both choose the earliest.
+
     Attributes:
         shrink: the factor by which it is shortened.
         attempts: how often at most, before the step is rejected; 0 is the paper's.
         on: the data that candidates are judged on; the paper's is the curvature's.
+        candidates: the points that are evaluated; the paper's are all.
     """
 
     shrink: float = 0.5
     attempts: int = 8
     on: Data = Data.CURVATURE
+    candidates: Candidates = "all"
 
     def __post_init__(self) -> None:
         _check(self.shrink, self.attempts, least=0)
+        if self.candidates not in get_args(Candidates):
+            raise ValueError(f"candidates={self.candidates!r}: give 'all' or 'backwards'")
 
     def select(self, local: LocalModel, path: Path, value: Value) -> Step | None:
-        found = [(_finite(value(local.theta + p.x)), index, p) for index, p in _candidates(path)]
-        if not found:
+        candidates = _candidates(path)
+        if not candidates:
             return None
-        whole, index, point = min(found, key=lambda item: item[:2])
+        whole, (index, point) = math.inf, candidates[-1]
+        for earlier, candidate in reversed(candidates):
+            found = _finite(value(local.theta + candidate.x))
+            if found <= whole:
+                whole, index, point = found, earlier, candidate
+            elif self.candidates == "backwards":
+                break
         best, scale = whole, 1.0
         for _ in range(self.attempts):
             if best < local.value:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR, LambdaLR, LRScheduler
 
+from quadric.objective.curvature import Curvature
+from quadric.optim.damping import AfterRejection
 from quadric.optim.precondition import LBFGS, FisherDiagonal, Preconditioner, SharedCounts
 from quadric.optim.sampling import FixedSizes, GeometricSizes, Sampler, VarianceTested
-from quadric.optim.second_order import hessian_free, natural_gradient, nghf
+from quadric.optim.search import BestIterate, Candidates
+from quadric.optim.second_order import SecondOrder, hessian_free, natural_gradient, nghf
 from quadric.train.rules import (
     AT_LEAST_ONE,
     NONE_OR_NOT_NEGATIVE,
@@ -24,6 +27,7 @@ from quadric.train.rules import (
     POSITIVE,
     SHARE,
     check,
+    one_of,
 )
 
 
@@ -174,7 +178,7 @@ class SecondOrderMethod(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self, curvature_frames=POSITIVE, gradient_growth=AT_LEAST_ONE, curvature_growth=AT_LEAST_ONE)
-        check(self, curvature_most=NONE_OR_POSITIVE)
+        check(self, curvature_most=NONE_OR_POSITIVE, sampling=one_of(Sampling), preconditioner=one_of(Preconditioning))
 
     @property
     def sampler(self) -> Sampler:
@@ -224,9 +228,18 @@ class HessianFree(SecondOrderMethod):
         )
 
 
+Metric = Literal["empirical_fisher", "fisher", "gauss_newton"]
+
+_METRICS: dict[Metric, Curvature] = {
+    "empirical_fisher": Curvature.EMPIRICAL_FISHER,
+    "fisher": Curvature.FISHER,
+    "gauss_newton": Curvature.GAUSS_NEWTON,
+}
+
+
 @dataclass(frozen=True)
 class NaturalGradient(SecondOrderMethod):
-    """Training by natural-gradient steps on large batches, with the empirical Fisher matrix (Haider, Woodland 2017).
+    """Training by natural-gradient steps on large batches (Haider, Woodland 2017).
 
     The choice among the iterates is made on the curvature's sample as well.
 
@@ -234,30 +247,55 @@ class NaturalGradient(SecondOrderMethod):
         epochs, gradient_frames, curvature_frames, sampling, gradient_growth, curvature_growth, curvature_most,
             preconditioner: as in `SecondOrderMethod`.
         iterations: of conjugate gradients.
+        metric: the Fisher matrix: ``"empirical_fisher"``, the papers'; ``"fisher"``, at targets drawn from the model;
+            ``"gauss_newton"``, its expectation for the losses that are log likelihoods.
+        damping: the lambda at rest, a share of the curvature along the gradient; there is more after a step that fails.
+        candidates: the iterates that are evaluated: ``"all"``, as in the papers, or from the last ``"backwards"`` until
+            the loss rises, for a quarter of the evaluations where the last is best.
     """
 
     iterations: int = 8
+    metric: Metric = "empirical_fisher"
+    damping: float = 0.0
+    candidates: Candidates = "all"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self, iterations=POSITIVE)
+        check(self, iterations=POSITIVE, damping=NOT_NEGATIVE, metric=one_of(Metric), candidates=one_of(Candidates))
 
     @property
     def name(self) -> str:
         return "natural_gradient"
 
     def build(self, params: Iterable[nn.Parameter]) -> Optimizer:
-        preconditioner = _PRECONDITIONERS[self.preconditioner]
-        return natural_gradient(params, iterations=self.iterations, preconditioner=preconditioner)
+        return self._by(natural_gradient, params)
+
+    def _by(self, method: Callable[..., SecondOrder], params: Iterable[nn.Parameter]) -> SecondOrder:
+        return method(
+            params,
+            iterations=self.iterations,
+            metric=_METRICS[self.metric],
+            damping=AfterRejection(initial=self.damping),
+            search=BestIterate(candidates=self.candidates),
+            preconditioner=_PRECONDITIONERS[self.preconditioner],
+        )
 
 
 @dataclass(frozen=True)
 class NGHF(NaturalGradient):
-    """Training by natural gradient and Hessian-free combined (Haider et al., 2021): two runs of ``iterations`` each."""
+    """Training by natural gradient and Hessian-free combined (Haider et al., 2021): two runs of ``iterations`` each.
+
+    Attributes:
+        epochs, gradient_frames, curvature_frames, sampling, gradient_growth, curvature_growth, curvature_most,
+            preconditioner, iterations, metric, candidates: as in `NaturalGradient`; the candidates are those of run 2.
+        damping: the lambda at rest of both runs, a share of either curvature; 0 is the paper's.
+    """
+
+    damping: float = 0.01
 
     @property
     def name(self) -> str:
         return "nghf"
 
     def build(self, params: Iterable[nn.Parameter]) -> Optimizer:
-        return nghf(params, iterations=self.iterations, preconditioner=_PRECONDITIONERS[self.preconditioner])
+        return self._by(nghf, params)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from quadric.data.stream import MICRO_FRAMES
 from quadric.options import check_whole
@@ -25,6 +25,12 @@ ALL_POSITIVE: Rule = (
     "needs positive values",
 )
 ALL_FINITE: Rule = (lambda values: len(values) > 0 and all(map(math.isfinite, values)), "needs finite values")
+
+
+def one_of(choices: Any) -> Rule:
+    """The rule of an option that is one of the words of a ``Literal``."""
+    words = get_args(choices)
+    return lambda value: value in words, f"must be {' or '.join(map(repr, words))}"
 
 
 def check(record: object, **rules: Rule) -> None:

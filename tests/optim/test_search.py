@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import get_args
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from quadric.linalg.operator import Identity
 from quadric.linalg.solver import Iterate, Path
 from quadric.optim.descent import LocalModel
-from quadric.optim.search import Backtracking
+from quadric.optim.search import Backtracking, BestIterate, Candidates, Step
 from quadric.outcome import Outcome
 
 
@@ -122,6 +125,59 @@ def test_a_warm_start_is_a_candidate_even_when_the_solver_did_not_move() -> None
     assert step is not None and float(step.direction) == 2.0
 
 
+def choices(values: list[float], attempts: int = 2) -> dict[str, tuple[Step | None, list[float]]]:
+    """What each way to evaluate a path of these values takes, from 0 with a value of 1, and what it asked."""
+    found = {}
+    for candidates in get_args(Candidates):
+        known = {float(i + 1): value for i, value in enumerate(values)}
+        value = Recorded(lambda x, known=known: known.get(x, 1.5 - 0.1 * x))  # between the points
+        search = BestIterate(attempts=attempts, candidates=candidates)
+        step = search.select(local(lambda x: 1.0, 0.0, -1.0), path(*known), value)
+        found[candidates] = step, value.asked
+    return found
+
+
+heights = st.lists(st.sampled_from([-2.0, -1.0, 0.0, 0.5, 1.0, 1.5, 3.0, math.inf, math.nan]), min_size=1, max_size=9)
+
+
+@given(falling=heights, rising=heights)
+@example(falling=[3.0, 0.5, 0.5], rising=[0.5, 1.0, 1.0])
+@example(falling=[math.inf, math.nan], rising=[math.nan])
+@example(falling=[0.5], rising=[math.inf, math.nan])
+def test_backwards_finds_the_best_where_values_fall_and_then_rise(falling: list[float], rising: list[float]) -> None:
+    """Plateaus and values that are not finite included; it asks down to the first point before the best."""
+    known = {x: math.inf if math.isnan(x) else x for x in (*falling, *rising)}
+    values = sorted(falling, key=known.__getitem__, reverse=True) + sorted(rising, key=known.__getitem__)
+    (every, asked_all), (some, asked) = (choices(values)[name] for name in ("all", "backwards"))
+    assert (every is None) == (some is None)
+    if every is not None and some is not None:
+        assert (some.point, some.scale, some.value, some.whole) == (every.point, every.scale, every.value, every.whole)
+        assert torch.equal(some.direction, every.direction)
+    best = min(range(len(values)), key=lambda i: (known[values[i]], i))
+    lines = len(asked_all) - len(values)  # of the line search
+    assert len(asked) == len(values) - max(best - 1, 0) + lines
+    assert sorted(asked_all[: len(values)]) == [float(i + 1) for i in range(len(values))]
+
+
+@given(values=heights)
+def test_backwards_is_never_above_the_last_point_nor_above_all_its_evaluations(values: list[float]) -> None:
+    (every, _), (some, asked) = (choices(values, attempts=0)[name] for name in ("all", "backwards"))
+    assert asked == [float(len(values) - i) for i in range(len(asked))]
+    if some is None:
+        assert not values[-1] < 1.0
+    else:
+        assert every is not None and every.value <= some.value < 1.0
+        assert not values[-1] < some.value
+        assert some.value == min(values[int(x) - 1] for x in asked if not math.isnan(values[int(x) - 1]))
+
+
+def test_backwards_takes_two_evaluations_where_the_last_point_is_best() -> None:
+    _, asked = choices([0.9, 0.8, 0.7, 0.6, 0.5])["backwards"]
+    assert asked == [5.0, 4.0]
+
+
 def test_misuse_is_explained() -> None:
+    with pytest.raises(ValueError, match=r"candidates='some': give 'all' or 'backwards'"):
+        BestIterate(candidates="some")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"shrink=1\.0: a factor between 0 and 1"):
         Backtracking(shrink=1.0)

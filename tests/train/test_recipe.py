@@ -12,6 +12,7 @@ from torch import nn
 from quadric.model.acoustic import SplicedLayer
 from quadric.model.recurrent import Unfolded
 from quadric.recipes.digits import digits
+from quadric.train.method import NGHF
 from quadric.train.overrides import override
 from quadric.train.recipe import PAPER_NETWORKS, Network
 
@@ -27,6 +28,9 @@ from quadric.train.recipe import PAPER_NETWORKS, Network
         "hessian_free.damping=-1",
         "hessian_free.momentum=2",
         "hessian_free.curvature_frames=-5",
+        "nghf.damping=-1",
+        "nghf.candidates=some",
+        "natural_gradient.metric=hessian",
         "first_order.epochs=Infinity",
         "first_order.lr=-1",
         "first_order.warmup=-1",
@@ -97,6 +101,13 @@ def test_a_weight_decay_that_the_optimiser_lacks_is_refused() -> None:
 def test_a_training_has_the_name_of_its_optimiser() -> None:
     assert list(digits().methods) == ["adamw", "hessian_free"]
     assert list(override(digits(), ["first_order.optimizer=SGD", "hessian_free=none"]).methods) == ["sgd"]
+
+
+@pytest.mark.parametrize("name", ["metric", "candidates", "sampling", "preconditioner"])
+def test_a_word_that_is_none_of_the_choices_is_refused_with_them(name: str) -> None:
+    """By the record itself: the command line reads its types."""
+    with pytest.raises(ValueError, match=rf"^{name}=other: must be '\w+' or '\w+'"):
+        NGHF(**{name: "other"})  # type: ignore[arg-type]
 
 
 def test_trying_an_optimiser_draws_no_random_numbers() -> None:

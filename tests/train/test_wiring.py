@@ -22,11 +22,12 @@ from quadric.linalg.krylov import ConjugateGradient
 from quadric.linalg.truncation import RelativeProgress
 from quadric.loss.loss import CrossEntropy
 from quadric.objective.curvature import Curvature
-from quadric.optim.damping import LevenbergMarquardt
+from quadric.optim.damping import AfterRejection, LevenbergMarquardt
 from quadric.optim.descent import NewtonCG
 from quadric.optim.precondition import LBFGS, FisherDiagonal
 from quadric.optim.sampling import FixedSizes, GeometricSizes, VarianceTested
-from quadric.optim.second_order import SecondOrder
+from quadric.optim.search import BestIterate
+from quadric.optim.second_order import SecondOrder, natural_gradient, nghf
 from quadric.progress import silent
 from quadric.recipes import digits
 from quadric.speech.corpus import Corpus, Utterance
@@ -256,6 +257,7 @@ def test_a_hessian_free_optimiser_has_its_options() -> None:
 @pytest.mark.parametrize("kind", [NaturalGradient, NGHF])
 def test_natural_methods_have_their_options(kind: type[NaturalGradient]) -> None:
     options = {"gradient_growth": 1.1, "curvature_growth": 1.5, "curvature_most": 80, "preconditioner": "diagonal"}
+    options |= {"metric": "gauss_newton", "damping": 0.2, "candidates": "backwards"}
     method = kind(epochs=1.5, gradient_frames=90, curvature_frames=30, sampling="variance", iterations=5, **options)
     assert method.sampler == VarianceTested(90, share=1 / 3)
     assert all(getattr(method, name) != value for name, value in defaults(kind).items())
@@ -263,10 +265,22 @@ def test_natural_methods_have_their_options(kind: type[NaturalGradient]) -> None
     assert chosen.methods == {method.name: method}
     optimizer = method.build([nn.Parameter(torch.zeros(3))])
     assert isinstance(optimizer, SecondOrder) and optimizer.preconditioner == FisherDiagonal()
-    assert optimizer.descent.metric is Curvature.EMPIRICAL_FISHER
-    assert optimizer.descent.kind is Curvature.GAUSS_NEWTON
+    assert optimizer.descent.metric is optimizer.descent.kind is Curvature.GAUSS_NEWTON
+    assert optimizer.search == BestIterate(candidates="backwards")
+    assert optimizer.rule == AfterRejection(initial=0.2)
+    for metric in ("empirical_fisher", "fisher"):
+        other = replace(method, metric=metric).build([nn.Parameter(torch.zeros(3))])
+        assert isinstance(other, SecondOrder) and other.descent.metric is Curvature[metric.upper()]
     solvers = [getattr(optimizer.descent, name, None) for name in ("solver", "natural")]
     assert {solver.max_steps for solver in solvers if solver is not None} == {5}
+
+
+@pytest.mark.parametrize(("kind", "build"), [(NaturalGradient, natural_gradient), (NGHF, nghf)])
+def test_natural_methods_default_to_those_of_the_library(kind: type[NaturalGradient], build: Any) -> None:
+    parameter = nn.Parameter(torch.zeros(3))
+    ours, theirs = kind().build([parameter]), build([parameter])
+    for part in ("descent", "search", "rule", "preconditioner"):
+        assert getattr(ours, part) == getattr(theirs, part)
 
 
 # ------------------------------------------------------------------------------------------------ realignment
