@@ -14,7 +14,7 @@ from quadric.optim.precondition import FisherDiagonal
 from quadric.optim.sampling import FixedSizes, GeometricSizes, VarianceTested
 from quadric.optim.search import Backtracking, BestIterate
 from quadric.train.method import NGHF, FirstOrder, HessianFree, NaturalGradient
-from quadric.train.trainer import Plan
+from quadric.train.plan import Plan
 
 WHOLE: list[tuple[Callable[..., object], str]] = [
     (ConjugateGradient, "max_steps"),

@@ -106,6 +106,34 @@ class FrameStream:
                 self._position = stop
         return self._transformed(np.concatenate(taken), _TRANSFORM, *place, parts=parts)
 
+    def rehearsal(self) -> Callable[[int], int]:
+        """A function that tells how many frames each draw of so many holds, one after the other from the beginning.
+
+        That is those asked for and the rest of the last item: a draw of 1 is a whole item. Nothing is drawn.
+
+        >>> features = {"a": np.zeros((5, 1)), "b": np.zeros((3, 1))}
+        >>> stream = FrameStream(features, {id: np.zeros(len(f), int) for id, f in features.items()}, context=(0, 0))
+        >>> holds = stream.rehearsal()
+        >>> sorted([holds(1), holds(1)]), holds(6)
+        ([3, 5], 8)
+        """
+        epoch, start = 0, 0
+        ends = np.cumsum(self._lengths(self._permutation(_ORDER, epoch)))
+
+        def holds(frames: int) -> int:
+            nonlocal epoch, start, ends
+            taken = 0
+            while taken < frames:
+                last = min(int(np.searchsorted(ends, start + frames - taken)), len(ends) - 1)
+                taken += int(ends[last]) - start
+                start = int(ends[last])
+                if start == self._total:
+                    epoch, start = epoch + 1, 0
+                    ends = np.cumsum(self._lengths(self._permutation(_ORDER, epoch)))
+            return taken
+
+        return holds
+
     def sample(self, frames: int, key: int) -> Batches:
         """A random subset of the whole set, just enough to reach ``frames``; the stream does not move.
 

@@ -32,12 +32,13 @@ from quadric.speech.lexicon import SILENCE
 from quadric.speech.tables import few
 from quadric.speech.topology import STATES, Tying, monophone
 from quadric.train import checkpoint
+from quadric.train.plan import Plan
 from quadric.train.prepare import Prepared
 from quadric.train.recipe import Job
 from quadric.train.sources import Split
 from quadric.train.stages import Stages, digest, reading
 from quadric.train.system import Likelihoods
-from quadric.train.trainer import Plan, Trainer
+from quadric.train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 

@@ -37,14 +37,18 @@ class Method(ABC):
 
     Attributes:
         epochs: passes over the training data.
-        gradient_frames: frames an update's gradient sees.
+        gradient_frames: frames an update's gradient sees, and the rest of the last window or utterance of them: 1 is
+            one of these an update.
+        patience: looks at the held-out data in a row without a lower loss after which the training ends early; None:
+            it never does.
     """
 
     epochs: float = 8.0
     gradient_frames: int = 2048
+    patience: int | None = None
 
     def __post_init__(self) -> None:
-        check(self, epochs=POSITIVE, gradient_frames=POSITIVE)
+        check(self, epochs=POSITIVE, gradient_frames=POSITIVE, patience=NONE_OR_POSITIVE)
 
     @property
     @abstractmethod
@@ -73,7 +77,7 @@ class FirstOrder(Method):
     one minibatch. The training has the name of the optimiser's class, in lower case.
 
     Attributes:
-        epochs, gradient_frames: as in `Method`; ``gradient_frames`` is the minibatch.
+        epochs, gradient_frames, patience: as in `Method`; ``gradient_frames`` is the minibatch.
         optimizer: a class such as ``torch.optim.AdamW`` or ``torch.optim.SGD``.
         lr: the highest learning rate.
         weight_decay: as the optimiser means it; None: its own default.
@@ -154,7 +158,7 @@ class SecondOrderMethod(Method):
     """Training on large samples, one for the gradient and one for the curvature.
 
     Attributes:
-        epochs: as in `Method`.
+        epochs, patience: as in `Method`.
         gradient_frames, curvature_frames: of the two samples, in the first step where they grow. The curvature's is
             drawn anew for every step from the whole set.
         sampling: ``"fixed"``; ``"geometric"`` multiplies both in every step (Sainath et al., 2013); ``"variance"`` lets
@@ -196,8 +200,8 @@ class HessianFree(SecondOrderMethod):
     """Training by Hessian-free steps on large batches (Martens, 2010).
 
     Attributes:
-        epochs, gradient_frames, curvature_frames, sampling, gradient_growth, curvature_growth, curvature_most,
-            preconditioner: as in `SecondOrderMethod`.
+        epochs, patience, gradient_frames, curvature_frames, sampling, gradient_growth, curvature_growth,
+            curvature_most, preconditioner: as in `SecondOrderMethod`.
         damping: the first lambda; it adapts.
         max_steps: conjugate-gradient iterations a step at most.
         tolerance: of the relative progress that ends them.
@@ -244,8 +248,8 @@ class NaturalGradient(SecondOrderMethod):
     The choice among the iterates is made on the curvature's sample as well.
 
     Attributes:
-        epochs, gradient_frames, curvature_frames, sampling, gradient_growth, curvature_growth, curvature_most,
-            preconditioner: as in `SecondOrderMethod`.
+        epochs, patience, gradient_frames, curvature_frames, sampling, gradient_growth, curvature_growth,
+            curvature_most, preconditioner: as in `SecondOrderMethod`.
         iterations: of conjugate gradients.
         metric: the Fisher matrix: ``"empirical_fisher"``, the papers'; ``"fisher"``, at targets drawn from the model;
             ``"gauss_newton"``, its expectation for the losses that are log likelihoods.
@@ -286,8 +290,9 @@ class NGHF(NaturalGradient):
     """Training by natural gradient and Hessian-free combined (Haider et al., 2021): two runs of ``iterations`` each.
 
     Attributes:
-        epochs, gradient_frames, curvature_frames, sampling, gradient_growth, curvature_growth, curvature_most,
-            preconditioner, iterations, metric, candidates: as in `NaturalGradient`; the candidates are those of run 2.
+        epochs, patience, gradient_frames, curvature_frames, sampling, gradient_growth, curvature_growth,
+            curvature_most, preconditioner, iterations, metric, candidates: as in `NaturalGradient`; the candidates are
+            those of run 2.
         damping: the lambda at rest of both runs, a share of either curvature; 0 is the paper's.
     """
 

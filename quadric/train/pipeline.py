@@ -36,12 +36,13 @@ from quadric.train.decode import write_decoded
 from quadric.train.flat_start import Aligned, Targets, flat_start, viterbi
 from quadric.train.method import Method
 from quadric.train.metrics import MetricsLog
+from quadric.train.plan import Plan
 from quadric.train.prepare import Prepared, prepare
 from quadric.train.recipe import Job
 from quadric.train.report import Environment, Report, Run, Sweep, write_report
 from quadric.train.stages import Stages, alone_in, digest, plain, reading
 from quadric.train.system import System
-from quadric.train.trainer import Plan, Trainer
+from quadric.train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -207,7 +208,7 @@ def _trained(
         shard=(communicator.rank, communicator.size),
     )
     held_out = FrameStream(_only(prepared.features["dev"], units.dev), units.dev, context=context, chunk=None)
-    plan = Plan(method.epochs, method.sampler, autocast=job.autocast, seed=job.seed)
+    plan = Plan(method.epochs, method.sampler, autocast=job.autocast, seed=job.seed, patience=method.patience)
     trainer = Trainer(
         model,
         CrossEntropy(),
@@ -315,6 +316,8 @@ def _run_of(name: str, folder: Path) -> Run:
     curves = MetricsLog(folder / "metrics.jsonl").records()
     if not curves:
         raise ValueError("metrics.jsonl holds no record")
+    notes = [f"lowest held-out loss {best['loss']:.4f} after update {best['update']}"]
+    notes += [str(record["ended"]) for record in curves if "ended" in record]
     return Run(
         name=name,
         curves=curves,
@@ -322,7 +325,7 @@ def _run_of(name: str, folder: Path) -> Run:
         updates=int(str(curves[-1]["update"])),
         seconds=float(str(curves[-1]["seconds"])),
         parameters=sum(value.numel() for value in best["model"].values()),
-        notes=f"lowest held-out loss {best['loss']:.4f} after update {best['update']}",
+        notes="; ".join(notes),
     )
 
 

@@ -1,7 +1,7 @@
 """The training loop: one for every optimiser, resumable to the bit.
 
 An update is ``optimizer.step(objective)``. What differs between optimisers is how much data an update sees: the
-`Sampler` of the `Plan` says it.
+`Sampler` of its `Plan` says it.
 
 Several ranks train one model: each has its share of every update's data and of the held-out data, and all else is the
 same on all of them to the bit.
@@ -17,7 +17,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +30,13 @@ from quadric.comm.communicator import Communicator, Solo
 from quadric.data.stream import FrameStream
 from quadric.loss.loss import Loss
 from quadric.objective.objective import Objective
-from quadric.optim.sampling import Sampler, Seen, Sizes
+from quadric.optim.sampling import Seen, Sizes
 from quadric.optim.second_order import SecondOrder
-from quadric.options import check_whole
 from quadric.progress import Progress, silent
 from quadric.stopwatch import Clock
 from quadric.train import checkpoint
 from quadric.train.metrics import MetricsLog
+from quadric.train.plan import Plan
 from quadric.train.stages import reading
 
 logger = logging.getLogger(__name__)
@@ -55,47 +54,6 @@ class Interrupted(Exception):
 
 class Diverged(RuntimeError):
     """The loss is no longer finite: going on would only waste time."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How much data, how often judged.
-
-    Attributes:
-        epochs: passes over the training data, by gradients.
-        sampler: how much data each update sees; its curvature's is drawn from the whole set.
-        evaluations: of the held-out data, evenly spaced over the run, besides the one before it.
-        autocast: compute matrix products in bfloat16.
-        seed: of dropout.
-    """
-
-    epochs: float
-    sampler: Sampler
-    evaluations: int = 20
-    autocast: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_whole(evaluations=self.evaluations)
-        for name in ("epochs", "evaluations"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must be positive")
-
-    def updates(self, total_frames: int) -> int:
-        """Optimiser steps over ``total_frames`` frames: exactly, or at most where the sampler looks at the gradient."""
-        updates, drawn, last = 0, 0, None
-        while drawn < self.epochs * total_frames:
-            last = self.sampler.sizes(Seen(updates, total_frames, last, noise=0.0))
-            updates, drawn = updates + 1, drawn + last.gradient
-        return updates
-
-    def done(self, drawn: int, total_frames: int) -> bool:
-        """Whether gradients of ``drawn`` frames are all."""
-        return drawn >= self.epochs * total_frames
-
-    def looks(self, drawn: int, total_frames: int) -> int:
-        """How often the held-out data is looked at in the first ``drawn`` frames."""
-        return min(self.evaluations, math.floor(self.evaluations * drawn / (self.epochs * total_frames)))
 
 
 def evaluate(
@@ -155,7 +113,7 @@ class Trainer:
         communicator: of the ranks that train together.
 
     Raises:
-        ValueError: ``stream`` has the shard of another rank.
+        ValueError: ``stream`` has the shard of another rank, or there is patience without held-out data.
     """
 
     def __init__(
@@ -174,9 +132,11 @@ class Trainer:
         place = (communicator.rank, communicator.size)
         if stream.shard != place:
             raise ValueError(f"stream has the shard {stream.shard} on the rank {place}: give it shard={place}")
+        if plan.patience is not None and held_out is None:
+            raise ValueError(f"patience={plan.patience}: there is no held_out to be patient with; give it, or None")
         self.model, self.loss, self.optimizer = model, loss, optimizer
         self.stream, self.held_out, self.plan, self.folder = stream, held_out, plan, folder
-        self.updates = plan.updates(stream.total_frames)
+        self.updates = plan.updates(stream)
         self.scheduler = schedule(optimizer, self.updates) if schedule else None
         self.update = 0
         self.drawn = 0
@@ -184,13 +144,16 @@ class Trainer:
         self._noise = math.nan
         self.seconds = 0.0
         self.best = math.inf
+        self.stale = 0
         self.communicator = communicator
         self._leads = communicator.rank == 0
         self._objectives: list[float] = []
         self._metrics = MetricsLog(folder / "metrics.jsonl")
 
     def fit(self, *, progress: Progress = silent, what: str = "training") -> Mapping[str, Any]:
-        """Trains to the end of the plan, from the saved state if there is one; returns the record of ``model.pt``.
+        """Trains to the end of the plan, or of its patience, from the saved state if there is one.
+
+        Returns the record of ``model.pt``.
 
         Raises:
             Diverged: the objective or the held-out loss is not finite.
@@ -215,7 +178,7 @@ class Trainer:
                 record = self._step()
                 judged = self.plan.looks(self.drawn, self.stream.total_frames) > looks
                 if judged:
-                    record |= {"objective": self._mean_objective()} | self._judge()
+                    record |= {"objective": self._mean_objective()} | self._judge() | self._ended_early()
                 if judged or isinstance(self.optimizer, SecondOrder):
                     self._log(record)
                 stopping, due = self._decide(stop.is_set(), time.monotonic() - saved > CHECKPOINT_SECONDS)
@@ -244,7 +207,11 @@ class Trainer:
 
     @property
     def _done(self) -> bool:
-        return self.plan.done(self.drawn, self.stream.total_frames)
+        return self.plan.done(self.drawn, self.stream.total_frames) or self._out_of_patience
+
+    @property
+    def _out_of_patience(self) -> bool:
+        return self.plan.patience is not None and self.stale >= self.plan.patience
 
     def _remaining(self) -> Iterator[int]:
         """The updates to come, each by its number of updates before it."""
@@ -256,7 +223,7 @@ class Trainer:
             return checkpoint.load(self.folder / "model.pt")
 
     def _step(self) -> dict[str, Any]:
-        start = time.monotonic()
+        start, seen = time.monotonic(), self.stream.frames_seen
         self.model.train()
         sizes = self.plan.sampler.sizes(Seen(self.update, self.stream.total_frames, self._sizes, self._noise))
         objective = Objective(
@@ -274,7 +241,7 @@ class Trainer:
         if self.scheduler is not None:
             self.scheduler.step()
         self.update += 1
-        self.drawn += sizes.gradient
+        self.drawn += self.stream.frames_seen - seen
         self._sizes, self._noise = sizes, objective.gradient_noise
         self.seconds += time.monotonic() - start
         self._check_finite("objective", float(value))
@@ -309,11 +276,20 @@ class Trainer:
             self.model, self.loss, self.held_out, autocast=self.plan.autocast, communicator=self.communicator
         )
         self._check_finite("held-out loss", scores["loss"])
+        self.stale += 1
         if scores["loss"] < self.best:
-            self.best = scores["loss"]
+            self.best, self.stale = scores["loss"], 0
             self._keep(scores)
         self._tell("update %d of %d: held-out %s", self.update, self.updates, _listed(scores))
         return {f"dev_{name}": value for name, value in scores.items()}
+
+    def _ended_early(self) -> dict[str, str]:
+        """Where this look has ended the patience: that it did, for the log and the report."""
+        if not self._out_of_patience or self.plan.done(self.drawn, self.stream.total_frames):
+            return {}
+        why = f"no lower held-out loss in {self.stale} looks: ended after update {self.update} of {self.updates}"
+        self._tell("%s", why)
+        return {"ended": why}
 
     def _check_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
@@ -348,6 +324,7 @@ class Trainer:
             "noise": self._noise,
             "seconds": self.seconds,
             "best": self.best,
+            "stale": self.stale,
             "objectives": self._objectives,
         }
         together.save(state, self.folder / "state", self.communicator)
@@ -388,7 +365,7 @@ class Trainer:
         self.stream.load_state_dict(state["stream"])
         self.update, self.drawn, self._noise = state["update"], state["drawn"], state["noise"]
         self._sizes = Sizes(*state["sizes"]) if state["sizes"] else None
-        self.seconds, self.best = state["seconds"], state["best"]
+        self.seconds, self.best, self.stale = state["seconds"], state["best"], state["stale"]
         self._objectives = state["objectives"]
 
 

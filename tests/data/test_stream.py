@@ -277,6 +277,42 @@ def test_resume_on_another_number_of_ranks(before: int, after: int, ranks: list[
     assert sorted(t for shard in resumed for t in frames_in(shard.draw(after))) == sorted(expected)
 
 
+@given(
+    lengths=sizes,
+    chunk=chunk_sizes,
+    ranks=st.integers(1, 3),
+    wanted=st.lists(st.integers(1, 150), min_size=1, max_size=8),
+)
+def test_a_rehearsal_tells_what_the_draws_will_hold(
+    lengths: list[int], chunk: int | None, ranks: int, wanted: list[int]
+) -> None:
+    shards = [stream(lengths, chunk=chunk, shard=(rank, ranks)) for rank in range(ranks)]
+    told = [list(map(shard.rehearsal(), wanted)) for shard in shards]
+    assert all(shard.frames_seen == 0 for shard in shards)
+    held = [sum(len(frames_in(shard.draw(frames))) for shard in shards) for frames in wanted]
+    assert told == [held] * ranks
+    assert list(map(shards[0].rehearsal(), wanted)) == held  # from the beginning, wherever the stream is
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 5])
+def test_a_draw_of_one_frame_is_one_utterance(ranks: int) -> None:
+    """With targets that cannot be cut; one rank has it, the others nothing."""
+    features, classes = made(LENGTHS)
+    targets = {id: tuple(target.tolist()) for id, target in classes.items()}
+    shards = [
+        FrameStream(features, targets, context=(2, 1), chunk=None, seed=5, shard=(rank, ranks)) for rank in range(ranks)
+    ]
+    for _ in range(2):  # epochs
+        seen: list[Any] = []
+        for _ in LENGTHS:
+            batches = [batch for shard in shards for batch in shard.draw(1)]
+            assert len(batches) == 1 and len(batches[0].target) == 1
+            assert batches[0].frames == len(batches[0].target[0]) == batches[0].inputs.shape[1] - 3
+            seen += batches[0].target
+        assert sorted(seen) == sorted(targets.values())
+    assert all(shard.epoch == 2.0 for shard in shards)
+
+
 def test_equal_items_are_shared_evenly_and_few_leave_ranks_without() -> None:
     shards = [stream([6] * 20, shard=(rank, 5)) for rank in range(5)]
     assert [len(frames_in(shard.draw(120))) for shard in shards] == [24] * 5

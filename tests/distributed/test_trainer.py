@@ -78,6 +78,38 @@ def test_ranks_train_as_one_does(size: int, method: str, tmp_path: Path) -> None
     assert results[0].best < 0.8 * records(tmp_path / "alone")[0]["dev_loss"]
 
 
+def test_an_utterance_is_an_update_on_any_number_of_ranks(tmp_path: Path) -> None:
+    """One rank has it, and the other no minibatch."""
+    alone = trainings.trains_alone(tmp_path / "alone", trainings.UTTERANCES)
+    first, second = run(tmp_path, 2, trainings.trains, tmp_path / "shared", trainings.UTTERANCES)
+    assert first[:4] == second[:4] and first.updates == alone.updates == 2 * 12
+    torch.testing.assert_close(vector(first), vector(alone), rtol=0, atol=1e-6)
+    check_close(records(tmp_path / "shared"), records(tmp_path / "alone"))
+    assert records(tmp_path / "shared")[-1]["epoch"] == 2.0
+    assert first.best < 0.8 * records(tmp_path / "alone")[0]["dev_loss"]
+
+
+def test_patience_ends_all_ranks_after_the_same_update(
+    undisturbed: Callable[[str], tuple[Path, Trained]], tmp_path: Path
+) -> None:
+    """Also where they were stopped when half of it had passed."""
+    straight, expected = undisturbed(trainings.PATIENT)
+    *before, last = [record for record in records(straight) if "dev_loss" in record]
+    assert re.fullmatch(rf"no lower .* in 2 looks: ended after update {expected.updates} of 76", last["ended"])
+    assert not any("ended" in record for record in before)
+    losses = [record["dev_loss"] for record in (*before, last)]
+    assert min(losses) == losses[-3] == expected.best and len(losses) < 40
+    event = (1, before[-1]["update"], trainings.terminate)
+    for result in run(tmp_path, 2, trainings.trains, tmp_path / "broken", trainings.PATIENT, event):
+        assert isinstance(result, Interrupted)
+    assert together.load(tmp_path / "broken" / "state", Solo())["stale"] == 1
+    resumed = run(tmp_path, 2, trainings.trains, tmp_path / "broken", trainings.PATIENT)
+    assert all(result[:4] == expected[:4] for result in resumed)
+    assert records(tmp_path / "broken") == records(straight)
+    alone = trainings.trains_alone(tmp_path / "alone", trainings.PATIENT)
+    assert alone.updates == expected.updates
+
+
 def test_only_the_first_rank_writes_more_than_its_part_of_the_state(tmp_path: Path) -> None:
     folder = tmp_path / "shared"
     results = run(tmp_path, 2, trainings.trains, folder, "AdamW")

@@ -33,13 +33,13 @@ def network(dropout: float = 0.0, seed: int = 3, width: int = 16) -> nn.Sequenti
     return nn.Sequential(nn.Flatten(2), nn.Linear(8, width), nn.Tanh(), nn.Dropout(dropout), nn.Linear(width, CLASSES))
 
 
-def speech(**options: Any) -> FrameStream:
+def speech(chunk: int | None = 10, **options: Any) -> FrameStream:
     """Twelve utterances of 9 to 75 frames whose classes can be learnt, with noise."""
     rng = np.random.default_rng(0)
     centres = rng.standard_normal((CLASSES, 8))
     targets = {f"u{n:02}": rng.integers(CLASSES, size=9 + 6 * n) for n in range(12)}
     features = {id: (centres[t] + rng.standard_normal((len(t), 8))).astype(np.float32) for id, t in targets.items()}
-    return FrameStream(features, targets, context=(0, 0), chunk=10, micro_frames=60, seed=1, **options)
+    return FrameStream(features, targets, context=(0, 0), chunk=chunk, micro_frames=60, seed=1, **options)
 
 
 def parameters(model: nn.Module) -> bytes:

@@ -23,7 +23,8 @@ from quadric.optim.precondition import Preconditioner, SharedCounts
 from quadric.optim.sampling import FixedSizes, GeometricSizes
 from quadric.optim.search import Backtracking
 from quadric.optim.second_order import hessian_free, natural_gradient
-from quadric.train.trainer import Plan, Trainer, evaluate
+from quadric.train.plan import Plan
+from quadric.train.trainer import Trainer, evaluate
 from reference.ranks import die
 from reference.training import CLASSES, network, parameters, speech
 
@@ -33,6 +34,14 @@ METHODS: dict[str, tuple[Callable[..., Any], Plan]] = {
         lambda params: hessian_free(params, damping=10.0, max_steps=5),
         Plan(5, GeometricSizes(300, 150, 1.1, 1.1), evaluations=5),
     ),
+}
+UTTERANCES = "SGD, an utterance at a time"
+"""Of two ranks, one then has nothing in every update."""
+PATIENT = "SGD, patient"
+"""Its steps are too long for every look to be better."""
+SPECIAL: dict[str, tuple[Callable[..., Any], Plan]] = {
+    UTTERANCES: (lambda params: torch.optim.SGD(params, lr=0.1), Plan(2, FixedSizes(1), evaluations=3)),
+    PATIENT: (lambda params: torch.optim.SGD(params, lr=2.0), Plan(20, FixedSizes(130), evaluations=40, patience=2)),
 }
 
 
@@ -70,11 +79,11 @@ def trainer(
     model = network()
     if normalise:
         model[0] = nn.Sequential(model[0], Normalised())
-    build, plan = METHODS[method]
+    build, plan = (METHODS | SPECIAL)[method]
     optimizer = build(model.parameters())
     if lr is not None:
         optimizer.param_groups[0]["lr"] = lr
-    stream = speech(shard=(communicator.rank, communicator.size))
+    stream = speech(None if method == UTTERANCES else 10, shard=(communicator.rank, communicator.size))
     schedule: Callable[..., LambdaLR] = lambda o, n: LambdaLR(o, lambda u: 1 - 0.5 * u / n)  # noqa: E731
     return Trainer(
         model, CrossEntropy(), optimizer, stream, speech(), plan, folder, schedule=schedule, communicator=communicator

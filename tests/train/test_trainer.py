@@ -29,7 +29,8 @@ from quadric.optim.second_order import hessian_free
 from quadric.train import checkpoint
 from quadric.train.method import FirstOrder
 from quadric.train.metrics import MetricsLog
-from quadric.train.trainer import Diverged, Interrupted, Plan, Trainer, evaluate
+from quadric.train.plan import Plan
+from quadric.train.trainer import Diverged, Interrupted, Trainer, evaluate
 
 CLASSES = 5
 
@@ -249,7 +250,135 @@ def test_a_finished_training_is_not_repeated(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("option", ["epochs", "evaluations"])
+def _too_fast(folder: Path, patience: int | None = 3, epochs: float = 12.0) -> Trainer:
+    """Learns fast, and then no more."""
+    torch.manual_seed(7)
+    model = _model(dropout=0.2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    plan = Plan(epochs, FixedSizes(100), evaluations=round(5 * epochs), seed=3, patience=patience)
+    return Trainer(model, CrossEntropy(), optimizer, _stream(0, 30), _stream(1, 5), plan, folder)
+
+
+def _losses(folder: Path) -> list[float]:
+    return [r["dev_loss"] for r in MetricsLog(folder / "metrics.jsonl").records() if "dev_loss" in r]
+
+
+def test_patience_ends_a_training_that_learns_no_more(tmp_path: Path) -> None:
+    endless, patient = _too_fast(tmp_path / "endless", None), _too_fast(tmp_path / "patient")
+    endless.fit()
+    best = patient.fit()
+    every, looked = _losses(tmp_path / "endless"), _losses(tmp_path / "patient")
+    assert every[: len(looked)] == looked
+    since = [len(looked[: i + 1]) - 1 - looked.index(min(looked[: i + 1])) for i in range(len(looked))]
+    assert since[-1] == 3 and max(since[:-1]) == 2  # looks since the lowest one so far: not less, and not more
+    assert 1 in since[:-1] and since.index(1) < since.index(2)
+    assert best["loss"] == min(looked) and patient.update < endless.update == endless.updates
+    (ended,) = [r["ended"] for r in MetricsLog(tmp_path / "patient" / "metrics.jsonl").records() if "ended" in r]
+    assert ended == f"no lower held-out loss in 3 looks: ended after update {patient.update} of {patient.updates}"
+    assert not any("ended" in r for r in MetricsLog(tmp_path / "endless" / "metrics.jsonl").records())
+    before = (tmp_path / "patient" / "metrics.jsonl").read_bytes()
+    assert _too_fast(tmp_path / "patient").fit()["update"] == best["update"]
+    assert (tmp_path / "patient" / "metrics.jsonl").read_bytes() == before
+    longer = _too_fast(tmp_path / "patient", patience=5)
+    longer.fit()
+    assert longer.update > patient.update and _losses(tmp_path / "patient") == every[: len(looked) + 2]
+
+
+@pytest.mark.parametrize("looks", [1, 2])
+def test_patience_is_resumed_to_the_bit(tmp_path: Path, looks: int) -> None:
+    """Stopped when so many looks have gone by without a lower loss."""
+    straight = _too_fast(tmp_path / "straight")
+    straight.fit()
+    broken = _too_fast(tmp_path / "broken")
+    judged = [r["update"] for r in MetricsLog(tmp_path / "straight" / "metrics.jsonl").records()]
+    with pytest.raises(Interrupted):
+        broken.fit(progress=_interrupting_at(judged[looks - 4]))
+    assert broken.stale == looks and broken.update == judged[looks - 4] + 1
+    resumed = _too_fast(tmp_path / "broken")
+    resumed.fit()
+    assert resumed.update == straight.update
+    records = [MetricsLog(tmp_path / name / "metrics.jsonl").records() for name in ("straight", "broken")]
+    assert _without_time(records[0]) == _without_time(records[1])
+    for a, b in zip(straight.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_patience_at_the_end_of_the_plan_is_no_early_end(tmp_path: Path) -> None:
+    whole = _too_fast(tmp_path / "whole")
+    whole.fit()
+    exact = _too_fast(tmp_path / "exact", epochs=whole.drawn / whole.stream.total_frames)
+    exact.fit()
+    assert exact.stale == 3 and exact.update == exact.updates == whole.update
+    assert not any("ended" in r for r in MetricsLog(tmp_path / "exact" / "metrics.jsonl").records())
+
+
+def test_patience_needs_something_to_look_at(tmp_path: Path) -> None:
+    model, plan = _model(0.0), Plan(1, FixedSizes(100), patience=2)
+    with pytest.raises(ValueError, match="patience=2: there is no held_out to be patient with; give it, or None"):
+        Trainer(model, CrossEntropy(), _adam(model), _stream(0, 3), None, plan, tmp_path)
+
+
+class _Classes(tuple):
+    """The classes of an utterance, as an object that cannot be cut."""
+
+
+class _OfObjects(CrossEntropy):
+    """Cross-entropy of such targets; it keeps what it saw while the model trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[list[_Classes]] = []
+
+    def forward(self, output: torch.Tensor, target: list[_Classes]) -> torch.Tensor:
+        if output.requires_grad:
+            self.seen.append(target)
+        frames = torch.cat([x[: len(y)] for x, y in zip(output, target, strict=True)])
+        return super().forward(frames, torch.tensor([y for utterance in target for y in utterance]))
+
+    def weight(self, target: list[_Classes]) -> torch.Tensor:
+        return torch.tensor(sum(map(len, target)))
+
+
+def test_of_one_frame_an_update_sees_one_utterance(tmp_path: Path) -> None:
+    """Whole utterances of any length, as sequence losses want them, by the options of a job."""
+    rng = np.random.default_rng(0)
+    targets = {f"u{i}": _Classes(rng.integers(0, CLASSES, 10 + 7 * i).tolist()) for i in range(9)}
+    features = {id: np.eye(CLASSES, dtype=np.float32)[list(target)] for id, target in targets.items()}
+    stream, held_out = (FrameStream(features, targets, context=(2, 2), chunk=None, seed=1) for _ in range(2))
+    method, loss, rates = FirstOrder(epochs=3.0, gradient_frames=1, lr=0.01, warmup=0.0, floor=0.0), _OfObjects(), []
+    model = _model(0.0)
+    optimizer = method.build(model.parameters())
+    optimizer.register_step_pre_hook(lambda o, *_: rates.append(o.param_groups[0]["lr"]))
+    plan = Plan(method.epochs, method.sampler, evaluations=3)
+    trainer = Trainer(model, loss, optimizer, stream, held_out, plan, tmp_path, schedule=method.schedule)
+    trainer.fit()
+    assert trainer.update == trainer.updates == 3 * 9 and trainer.stream.epoch == 3.0
+    assert [len(seen) for seen in loss.seen] == [1] * 27
+    for epoch in range(3):
+        assert sorted(seen[0] for seen in loss.seen[9 * epoch : 9 * epoch + 9]) == sorted(targets.values())
+    records = MetricsLog(tmp_path / "metrics.jsonl").records()
+    assert [record["update"] for record in records] == [0, *(_reached(loss.seen, share) for share in (1, 2, 3))]
+    assert records[-1]["dev_loss"] < 0.8 * records[0]["dev_loss"]
+    assert rates[0] == 0.01 and rates[-1] < 0.02 * 0.01  # the schedule comes to its end
+
+
+def _reached(seen: list[list[_Classes]], epochs: int) -> int:
+    """The first update that completes so many epochs."""
+    frames = np.cumsum([len(utterance[0]) for utterance in seen])
+    return int(np.searchsorted(frames, epochs * frames[-1] / 3)) + 1
+
+
+def test_the_updates_are_those_that_the_items_make(tmp_path: Path) -> None:
+    """Windows of 20 frames: a draw of 30 holds 40, so that three quarters of the updates are an epoch."""
+    model = _model(0.0)
+    plan = Plan(2, FixedSizes(30), evaluations=1)
+    trainer = Trainer(model, CrossEntropy(), _adam(model), _stream(0, 30), None, plan, tmp_path)
+    assert trainer.updates == 60
+    trainer.fit()
+    assert (trainer.update, trainer.stream.epoch) == (60, 2.0)
+
+
+@pytest.mark.parametrize("option", ["epochs", "evaluations", "patience"])
 def test_plan_names_what_is_wrong(option: str) -> None:
     with pytest.raises(ValueError, match=f"{option}=0"):
         Plan(**{"epochs": 1, "sampler": FixedSizes(1), option: 0})

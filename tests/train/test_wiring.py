@@ -39,12 +39,14 @@ from quadric.speech.topology import Tying, monophone
 from quadric.train import checkpoint, pipeline
 from quadric.train.flat_start import Aligned
 from quadric.train.method import NGHF, FirstOrder, HessianFree, Method, NaturalGradient
+from quadric.train.metrics import MetricsLog
 from quadric.train.pipeline import Units
+from quadric.train.plan import Plan
 from quadric.train.prepare import Prepared
 from quadric.train.recipe import Decoding, Job, Network
 from quadric.train.stages import Stages
 from quadric.train.system import Front
-from quadric.train.trainer import Plan, Trainer
+from quadric.train.trainer import Trainer
 from reference.toy_language import LEXICON, triphone
 
 pytestmark = pytest.mark.speech
@@ -53,6 +55,7 @@ MONO = monophone(LEXICON.phones)
 FIRST_ORDER = FirstOrder(
     epochs=2.5,
     gradient_frames=70,
+    patience=3,
     optimizer=torch.optim.RMSprop,
     lr=0.5,
     weight_decay=0.25,
@@ -63,6 +66,7 @@ FIRST_ORDER = FirstOrder(
 HESSIAN_FREE = HessianFree(
     epochs=1.5,
     gradient_frames=90,
+    patience=4,
     curvature_frames=30,
     sampling="geometric",
     gradient_growth=1.1,
@@ -180,7 +184,8 @@ def test_a_training_is_given_all_it_is_told(tmp_path: Path, monkeypatch: pytest.
     }
     assert held_out == {"features": seen["dev"], "targets": units.dev, "context": (2, 1), "chunk": None}
 
-    plan = Plan(method.epochs, method.sampler, autocast=True, seed=11)
+    plan = Plan(method.epochs, method.sampler, autocast=True, seed=11, patience=method.patience)
+    assert method.patience
     assert training["plan"] == plan and training["folder"] == folder and folder.name.startswith("a name-")
     assert training["communicator"] is alone
     assert isinstance(training["loss"], CrossEntropy) and training["schedule"] == method.schedule
@@ -257,7 +262,7 @@ def test_a_hessian_free_optimiser_has_its_options() -> None:
 @pytest.mark.parametrize("kind", [NaturalGradient, NGHF])
 def test_natural_methods_have_their_options(kind: type[NaturalGradient]) -> None:
     options = {"gradient_growth": 1.1, "curvature_growth": 1.5, "curvature_most": 80, "preconditioner": "diagonal"}
-    options |= {"metric": "gauss_newton", "damping": 0.2, "candidates": "backwards"}
+    options |= {"patience": 5, "metric": "gauss_newton", "damping": 0.2, "candidates": "backwards"}
     method = kind(epochs=1.5, gradient_frames=90, curvature_frames=30, sampling="variance", iterations=5, **options)
     assert method.sampler == VarianceTested(90, share=1 / 3)
     assert all(getattr(method, name) != value for name, value in defaults(kind).items())
@@ -281,6 +286,18 @@ def test_natural_methods_default_to_those_of_the_library(kind: type[NaturalGradi
     ours, theirs = kind().build([parameter]), build([parameter])
     for part in ("descent", "search", "rule", "preconditioner"):
         assert getattr(ours, part) == getattr(theirs, part)
+
+
+def test_the_report_notes_why_a_training_ended_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "_scores", lambda folder: {})
+    checkpoint.save({"model": {"w": torch.zeros(3)}, "update": 40, "loss": 1.25}, tmp_path / "model.pt")
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.append({"update": 40, "seconds": 2.0, "dev_loss": 1.25})
+    assert pipeline._run_of("sgd", tmp_path).notes == "lowest held-out loss 1.2500 after update 40"
+    log.append({"update": 60, "seconds": 3.0, "dev_loss": 1.5, "ended": "no lower held-out loss in 3 looks"})
+    run = pipeline._run_of("sgd", tmp_path)
+    assert run.notes == "lowest held-out loss 1.2500 after update 40; no lower held-out loss in 3 looks"
+    assert (run.updates, run.parameters) == (60, 3)
 
 
 # ------------------------------------------------------------------------------------------------ realignment
