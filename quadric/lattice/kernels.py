@@ -156,8 +156,8 @@ def leave_log(source, target, frames, levels, final, state, q):  # pragma: no co
 
 @_compiled
 def _greater(x, y):  # pragma: no cover
-    """The greater of two numbers; NaN where one is."""
-    return x if x >= y or np.isnan(x) else y
+    """The greater of two numbers; the second where one is NaN."""
+    return x if x >= y else y
 
 
 @_compiled
