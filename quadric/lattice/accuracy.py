@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numba
 import numpy as np
-from jaxtyping import Bool, Float32, Int32
+from jaxtyping import Float32, Int32
 
 from quadric.lattice.lattice import Lattice, StatePath
-from quadric.lattice.refine import with_edit_distance, with_phone_starts
+from quadric.lattice.refine import first_frames, with_edit_distance, with_overlap
 
 MAX_STATES = 2_000_000
 """What the exact phone accuracy may make of a lattice."""
@@ -77,31 +76,17 @@ def approximate_phone_accuracy(
         silence_phones: the phones that are silence.
 
     Returns:
-        The lattice `with_phone_starts`, and its arcs' values: a phone's is on the arc of its last frame.
+        The lattice `with_overlap`, and its arcs' values: a phone's is on the arc of its last frame.
 
     Raises:
         ValueError: reference and lattice have different frames.
     """
     _check_frames(lattice, reference)
-    refined = with_phone_starts(lattice)
     starts = np.flatnonzero(reference.begins)
-    bounds = np.append(starts, len(reference)).astype(np.int64)
     phones = reference.phone[starts]
-    silent = np.isin(phones, silence_phones)
-    value = _overlaps(
-        refined.source,
-        refined.target,
-        refined.phone,
-        refined.frame,
-        _begins(refined),
-        _ends(refined),
-        bounds,
-        np.where(silent, -1, phones).astype(np.int32),
-        np.cumsum(reference.begins) - 1,
-        np.isin(np.arange(refined.phone.max() + 1), silence_phones),
-        refined.num_states,
-    )
-    return refined, value
+    wanted = np.where(np.isin(phones, silence_phones), -1, phones).astype(np.int32)
+    silent = np.isin(np.arange(lattice.phone.max() + 1), silence_phones)
+    return with_overlap(lattice, np.append(starts, len(reference)), wanted, silent)
 
 
 def exact_phone_accuracy(
@@ -126,7 +111,7 @@ def exact_phone_accuracy(
     phones = reference.phone[reference.begins]
     spoken = phones[~np.isin(phones, silence_phones)]
     silent = np.isin(lattice.phone, silence_phones)
-    symbol = np.where(_begins(lattice) & ~silent, lattice.phone, -1).astype(np.int32)
+    symbol = np.where(first_frames(lattice) & ~silent, lattice.phone, -1).astype(np.int32)
     return with_edit_distance(lattice, symbol, spoken, max_states)
 
 
@@ -148,42 +133,3 @@ def _check_frames(lattice: Lattice, reference: StatePath) -> None:
             f"reference has {len(reference)} frames, the lattice {len(lattice)}: they must be of one utterance, "
             "at one frame rate"
         )
-
-
-def _begins(lattice: Lattice) -> Bool[np.ndarray, " A"]:
-    """Whether an arc is the first frame of a phone; those of frame 0 are."""
-    begins = lattice.begins.copy()
-    begins[: lattice.frames[1]] = True
-    return begins
-
-
-def _ends(refined: Lattice) -> Bool[np.ndarray, " A"]:
-    """Whether an arc is the last frame of its phone, which a lattice `with_phone_starts` knows."""
-    follows = np.ones(refined.num_states, np.bool_)
-    follows[refined.source] = _begins(refined)
-    return follows[refined.target]
-
-
-@numba.njit(nogil=True, cache=True)
-def _overlaps(source, target, phone, frame, begins, ends, bounds, wanted, at, silent, num_states):  # type: ignore[no-untyped-def]  # pragma: no cover
-    """The value of every arc: that of the phone that ends with it, 0 on all others.
-
-    Phone z of the reference takes the frames from ``bounds[z]`` to ``bounds[z + 1]`` and is ``wanted[z]``, -1 for
-    silence; frame t is of phone ``at[t]``. The label of a phone of the lattice is that of its first frame.
-    """
-    began, label = np.empty(num_states, np.int64), np.empty(num_states, np.int32)
-    value = np.zeros(len(source), np.float32)
-    for a in range(len(source)):
-        start = frame[a] if begins[a] else began[source[a]]
-        q = phone[a] if begins[a] else label[source[a]]
-        began[target[a]], label[target[a]] = start, q
-        if not ends[a] or silent[q]:
-            continue
-        best = -1.0
-        for z in range(at[start], at[frame[a]] + 1):
-            if wanted[z] >= 0:
-                shared = min(bounds[z + 1], frame[a] + 1) - max(bounds[z], start)
-                e = shared / (bounds[z + 1] - bounds[z])
-                best = max(best, -1.0 + (2.0 * e if wanted[z] == q else e))
-        value[a] = best
-    return value

@@ -1,40 +1,73 @@
 """Refinements of a lattice: the same paths with the same weights, in states that remember more.
 
-A state of a lattice does not say when its phone began, nor which phones came before. What an arc is worth may depend
-on that; then the states are split until it does not. Each refinement is the product of the lattice and a deterministic
-automaton that follows its paths, so that paths and their weights correspond one to one.
+A state of a lattice says neither how its phone fits the reference so far nor which phones came before. What an arc is
+worth may depend on that; then the states are split until it does not. Each refinement is the product of the lattice
+and a deterministic automaton that follows its paths, so that paths and their weights correspond one to one.
 """
 
 from __future__ import annotations
 
 import numba
 import numpy as np
-from jaxtyping import Float32, Int32, Int64
+from jaxtyping import Bool, Float32, Float64, Int32, Int64
 
 from quadric.lattice.lattice import Lattice
 
 
-def with_phone_starts(lattice: Lattice) -> Lattice:
-    """The same paths in states that know when the phone they are within began, and whether it ends with them.
+def with_overlap(
+    lattice: Lattice,
+    bounds: Int64[np.ndarray, " R+1"],
+    wanted: Int32[np.ndarray, " R"],
+    silent: Bool[np.ndarray, " P"],
+) -> tuple[Lattice, Float32[np.ndarray, " A2"]]:
+    """The same paths in states that know how well the phone they are within fits the reference so far.
 
-    Afterwards all arcs out of a state begin a phone or none does, and in the second case all ways into the state agree
-    on the frame and the label of their last beginning. The first frame begins a phone, whatever its arcs say. What a
-    state remembers lasts as long as its phone: between phones the copies of a state fall together again.
+    A phone q is worth the most that a phone z of the reference gives it: -1 + 2 e where they are the same, -1 + e
+    otherwise, with e the share of z's frames that q overlaps; silence is worth 0. What a state remembers of its phone
+    is that worth so far, and the overlap with the z it is within, not when it began: much of that makes no difference.
+    Between phones the copies of a state fall together again. A phone is called what its first frame is, and the first
+    frame of the lattice begins one, whatever its arcs say.
 
-    >>> arcs = [(0, 1, 0), (0, 2, 1), (1, 3, 2), (2, 3, 2), (3, 4, 2)]
-    >>> two = Lattice.from_arcs(arcs, final={4: 0.0}, begins=[True, True, True, False, False])
-    >>> two.num_states, with_phone_starts(two).num_states  # state 3: of the phone from 0 on, or of that from 1 on
-    (5, 6)
+    Args:
+        lattice: the paths.
+        bounds: phone z of the reference takes the frames from ``bounds[z]`` to ``bounds[z + 1]``.
+        wanted: and is this phone, or -1: it gives nothing.
+        silent: of every phone, whether it is silence.
+
+    Returns:
+        The lattice, and its arcs' values: a phone's worth is on the arc of its last frame.
     """
-    first, starts = _offsets(lattice), _starts_phone(lattice)
+    starts = first_frames(lattice)
     ends, goes_on = np.zeros(lattice.num_states, np.bool_), np.zeros(lattice.num_states, np.bool_)
     ends[lattice.source[starts]] = True
     ends[lattice.levels[-2] :] = True
     goes_on[lattice.source[~starts]] = True
-    labels = np.int64(lattice.phone.max()) + 1
-    return _product(
-        lattice, *_by_start(first, lattice.target, lattice.phone, starts, ends, goes_on, labels, lattice.num_frames)
+    worth, rank, shift = _worths(bounds, wanted)
+    current = np.repeat(np.arange(len(wanted)), np.diff(bounds))
+    source, target, origin, state, value = _by_overlap(
+        *(_offsets(lattice), lattice.target, lattice.phone, starts, ends, goes_on),
+        *(bounds, wanted, silent, current, worth, rank, shift),
     )
+    return _product(lattice, source, target, origin, state), value
+
+
+def _worths(
+    bounds: Int64[np.ndarray, " R+1"], wanted: Int32[np.ndarray, " R"]
+) -> tuple[Float64[np.ndarray, " N"], Int64[np.ndarray, "M 2"], Int64[np.ndarray, " R"]]:
+    """All that a phone of the reference may give, in order, from -1 on.
+
+    Returns:
+        The worths; the rank among them of what z gives for o frames, to another phone and to the same:
+        ``rank[shift[z] + o]``; and ``shift``.
+    """
+    frames = np.diff(bounds)
+    shift = bounds[:-1] + np.arange(len(wanted))
+    z = np.repeat(np.arange(len(wanted)), frames + 1)
+    overlap = np.arange(len(z)) - shift[z]
+    given = np.where(wanted[z] < 0, 0, overlap)
+    # Equal shares are equal numbers: a quotient of integers is rounded once.
+    worth, rank = np.unique(-1.0 + np.stack([given, 2 * given], 1) / frames[z][:, None], return_inverse=True)
+    return worth, rank.reshape(-1, 2).astype(np.int64), shift
 
 
 def with_edit_distance(
@@ -71,7 +104,8 @@ def with_edit_distance(
     return _product(lattice, source, target, origin, state), value
 
 
-def _starts_phone(lattice: Lattice) -> np.ndarray:
+def first_frames(lattice: Lattice) -> Bool[np.ndarray, " A"]:
+    """Whether an arc is the first frame of a phone; those of the first frame of all are."""
     starts = lattice.begins.copy()
     starts[: lattice.frames[1]] = True
     return starts
@@ -160,13 +194,15 @@ def _out_arcs(first, state, low, high):  # type: ignore[no-untyped-def]  # pragm
 
 
 @numba.njit(nogil=True, cache=True)
-def _by_start(first, target, phone, starts, ends, goes_on, labels, num_frames):  # type: ignore[no-untyped-def]  # pragma: no cover
-    """Source, target and original of the arcs of `with_phone_starts`, and the originals of its states.
+def _by_overlap(first, target, phone, starts, ends, goes_on, bounds, wanted, silent, current, worth, rank, shift):  # type: ignore[no-untyped-def]  # pragma: no cover
+    """Source, target and original of the arcs of `with_overlap`, the originals of its states, and the values.
 
-    The history of a state is ``start * labels + phone``; -1 where the next frame begins a phone, or none follows.
+    The history of a state is -1 where the next frame begins a phone, or none follows; else it is made of the phone,
+    the rank of its worth so far, and its overlap with the current phone of the reference.
     """
-    size = 2 * len(target) + 2
+    size, num_frames, labels = 2 * len(target) + 2, len(current), len(silent)
     source, to, origin = np.empty(size, np.int32), np.empty(size, np.int32), np.empty(size, np.int32)
+    value = np.empty(size, np.float32)
     state, history, chain = np.empty(size, np.int32), np.empty(size, np.int64), np.empty(size, np.int32)
     heads = np.full(1024, -1, np.int32)
     state[0], history[0] = 0, -1
@@ -175,21 +211,33 @@ def _by_start(first, target, phone, starts, ends, goes_on, labels, num_frames): 
         room = 2 * _out_arcs(first, state, low, high)
         source, to, origin = _grown(source, arcs + room), _grown(to, arcs + room), _grown(origin, arcs + room)
         state, history = _grown(state, count + room), _grown(history, count + room)
-        chain = _grown(chain, count + room)
+        chain, value = _grown(chain, count + room), _grown(value, arcs + room)
+        z = current[t]
         for x in range(low, high):
             for a in range(first[state[x]], first[state[x] + 1]):
                 if starts[a] != (history[x] == -1):
                     continue
-                now = t * labels + phone[a] if starts[a] else history[x]
-                for h, wanted in ((np.int64(-1), ends[target[a]]), (now, goes_on[target[a]])):
-                    if wanted:
+                q, best, overlap = np.int64(phone[a]), np.int64(0), np.int64(0)
+                if not starts[a]:
+                    overlap = history[x] % (num_frames + 1)
+                    q = history[x] // (num_frames + 1) % labels
+                    best = history[x] // (num_frames + 1) // labels
+                if not silent[q]:
+                    overlap += 1
+                    best = max(best, rank[shift[z] + overlap, 1 if wanted[z] == q else 0])
+                    if wanted[z] < 0 or t + 1 == bounds[z + 1]:
+                        overlap = 0
+                within = (best * labels + q) * (num_frames + 1) + overlap
+                for h, possible in ((np.int64(-1), ends[target[a]]), (within, goes_on[target[a]])):
+                    if possible:
                         y = _find(state, history, chain, heads, count, target[a], h)
                         count = max(count, y + 1)
                         source[arcs], to[arcs], origin[arcs] = x, y, a
+                        value[arcs] = worth[best] if h == -1 and not silent[q] else 0.0
                         arcs += 1
         low, high = high, count
         heads = _more_heads(state, history, chain, heads, count)
-    return source[:arcs].copy(), to[:arcs].copy(), origin[:arcs].copy(), state[:count].copy()
+    return source[:arcs].copy(), to[:arcs].copy(), origin[:arcs].copy(), state[:count].copy(), value[:arcs].copy()
 
 
 @numba.njit(nogil=True, cache=True)

@@ -16,7 +16,6 @@ from quadric.lattice.accuracy import (
     state_accuracy,
 )
 from quadric.lattice.lattice import Lattice, StatePath
-from quadric.lattice.refine import with_phone_starts
 from reference import accuracy as twin
 from reference.lattices import random_lattice
 
@@ -67,35 +66,13 @@ def test_frames_right_are_counted_as_kaldi_does(seed: int, one_class: bool) -> N
             assert value[at].sum() == twin.frames_right(found, wanted, silent, silent_there, one_class)
 
 
-@settings(max_examples=150)
-@given(st.integers(0, 100_000))
-def test_phone_starts_are_known_and_paths_are_the_same(seed: int) -> None:
-    lattice, _, _ = random_case(seed)
-    refined = with_phone_starts(lattice)
-    assert same_paths(lattice, refined)
-    begins = refined.begins | (refined.frame == 0)
-    known: dict[int, tuple[int, int]] = {}
-    for arcs in twin.lattice_paths(refined):
-        start, phone = 0, 0
-        for arc in arcs:
-            if begins[arc]:
-                start, phone = int(refined.frame[arc]), int(refined.phone[arc])
-            state = int(refined.target[arc])
-            out = np.unique(begins[refined.source == state])
-            assert len(out) <= 1
-            if out.tolist() == [False]:
-                assert known.setdefault(state, (start, phone)) == (start, phone)
-    again = with_phone_starts(refined)
-    assert (again.num_states, again.num_arcs) == (refined.num_states, refined.num_arcs)
-
-
 @settings(max_examples=200)
 @given(st.integers(0, 100_000))
 def test_approximate_accuracy_is_the_definition_on_every_path(seed: int) -> None:
     lattice, reference, silence = random_case(seed)
     refined, value = approximate_phone_accuracy(lattice, reference, silence)
     wanted = twin.segments_of_reference(reference)
-    assert value.dtype == np.float32
+    assert value.dtype == np.float32 and same_paths(lattice, refined)
     for arcs in twin.lattice_paths(refined):
         expected = twin.approximate(twin.segments_of_path(refined, arcs), wanted, silence)
         assert value[list(arcs)].sum() == pytest.approx(float(expected), abs=1e-5)
