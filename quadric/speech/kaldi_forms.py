@@ -21,6 +21,7 @@ _KINDS = {"lattice4": (False, 4), "lattice8": (False, 8), "compactlattice44": (T
 
 
 def read_binary(stream: Stream) -> StringLattice:
+    """The lattice in bytes at the place of ``stream``. Raises ``Ends``, or ``ValueError`` with what is wrong."""
     compact, size, start, states = _read_header(stream)
     cost = size // 2  # 4-byte words of both costs
     while True:
@@ -37,7 +38,9 @@ def read_binary(stream: Stream) -> StringLattice:
 
     def costs(at: np.ndarray) -> np.ndarray:
         if size == 4:
-            return np.stack([words.view(np.float32)[at], words.view(np.float32)[at + 1]], 1).astype(np.float64)
+            pairs = np.stack([words.view(np.float32)[at], words.view(np.float32)[at + 1]], 1)
+            with np.errstate(invalid="ignore"):  # damage may look like a signalling NaN
+                return pairs.astype(np.float64)
         return np.ascontiguousarray(words[at[:, None] + np.arange(4)]).view(np.float64)
 
     def strings(at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -146,6 +149,7 @@ def _scan(words, num_states, cost, compact):  # type: ignore[no-untyped-def]  # 
 
 
 def read_text(stream: Stream) -> StringLattice:
+    """The lattice in lines at the place of ``stream``. Raises ``Ends``, or ``ValueError`` with what is wrong."""
     lines = []
     while True:
         line = stream.line()
@@ -224,39 +228,42 @@ def _integer(text: str) -> int:
     return int(text)
 
 
-def _leaving(given: StringLattice) -> tuple[np.ndarray, np.ndarray, list[np.ndarray], dict[int, int]]:
-    """The arcs in the order of their states, where those of each state begin, their strings, the finals by state."""
+def to_binary(given: StringLattice, compact: bool) -> bytes:
+    """A lattice behind its id, in bytes; where it is not ``compact``, every arc has one transition-id."""
+    kind = b"compactlattice44" if compact else b"lattice4"
+    header = _HEADER.pack(2, 0, _PROPERTIES, given.start, given.num_states, len(given.source))
     order = np.argsort(given.source, kind="stable")
     begins = np.searchsorted(given.source[order], np.arange(given.num_states + 1))
-    strings = np.split(given.strings, np.cumsum(given.length)[:-1]) if len(given.length) else []
-    return order, begins, strings, {state: index for index, state in enumerate(given.final.tolist())}
-
-
-def to_binary(given: StringLattice, compact: bool) -> bytes:
-    order, begins, strings, finals = _leaving(given)
-    kind = b"compactlattice44" if compact else b"lattice4"
-    header = _HEADER.pack(2, 0, _PROPERTIES, given.start, given.num_states, len(order))
-    pieces = [MAGIC, struct.pack("<i6s", 6, b"vector"), struct.pack("<i", len(kind)), kind, header]
-    for state in range(given.num_states):
-        costs = given.final_costs[finals[state]] if state in finals else (np.inf, np.inf)
-        pieces.append(struct.pack("<ff", *costs) + (struct.pack("<i", 0) if compact else b""))
-        arcs = order[begins[state] : begins[state + 1]]
-        pieces.append(struct.pack("<q", len(arcs)))
-        for arc in arcs.tolist():
-            word, string = int(given.word[arc]), strings[arc].astype("<i4").tobytes()
-            labels = (word, word) if compact else (*struct.unpack("<i", string), word)
-            pieces.append(struct.pack("<iiff", *labels, *given.costs[arc]))
-            if compact:
-                pieces += [struct.pack("<i", len(string) // 4), string]
-            pieces.append(struct.pack("<i", given.target[arc]))
-    return b"".join(pieces)
+    length = given.length[order] if compact else np.zeros(len(order), np.int64)
+    head, size = (5, 6 + length) if compact else (4, 5 + length)  # 4-byte words of a state and of its arcs
+    before = np.concatenate([np.zeros(1, np.int64), np.cumsum(size)])
+    states = before[begins[:-1]] + head * np.arange(given.num_states)
+    arcs = before[:-1] + head * (given.source[order] + 1)
+    words = np.zeros(before[-1] + head * given.num_states, np.int32)
+    reals = words.view(np.float32)
+    reals[states], reals[states + 1] = np.inf, np.inf
+    reals[states[given.final]], reals[states[given.final] + 1] = given.final_costs.T
+    words[states + head - 2] = np.diff(begins)
+    words[arcs] = given.word[order] if compact else given.strings[order]
+    words[arcs + 1] = given.word[order]
+    reals[arcs + 2], reals[arcs + 3] = given.costs[order].T
+    words[arcs + size - 1] = given.target[order]
+    if compact:
+        words[arcs + 4] = length
+        inner = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length)
+        begin = (np.cumsum(given.length) - given.length)[order]
+        words[np.repeat(arcs + 5, length) + inner] = given.strings[np.repeat(begin, length) + inner]
+    return MAGIC + struct.pack("<i6si", 6, b"vector", len(kind)) + kind + header + words.tobytes()
 
 
 def to_text(given: StringLattice, compact: bool) -> bytes:
-    order, begins, strings, finals = _leaving(given)
+    """A lattice behind its id, in lines; where it is not ``compact``, every arc has one transition-id."""
+    order = np.argsort(given.source, kind="stable")
+    begins = np.searchsorted(given.source[order], np.arange(given.num_states + 1))
+    strings = np.split(given.strings, np.cumsum(given.length)[:-1]) if len(given.length) else []
+    finals = {state: index for index, state in enumerate(given.final.tolist())}
     lines = [""]
-    states = [given.start, *(state for state in range(given.num_states) if state != given.start)]
-    for state in states:
+    for state in [given.start, *(state for state in range(given.num_states) if state != given.start)]:
         for arc in order[begins[state] : begins[state + 1]].tolist():
             string, costs = "_".join(map(str, strings[arc].tolist())), _costs(given.costs[arc])
             label = "" if compact else f"{string}\t"

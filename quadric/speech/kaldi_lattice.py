@@ -57,6 +57,8 @@ class KaldiLattice:
                 raise ValueError(
                     f"{name} holds states from {states.min()} to {states.max()}; there are {self.num_states}"
                 )
+        if len(np.unique(self.final)) != len(self.final):
+            raise ValueError("final holds a state twice: give each its cost once")
         if not 0 <= self.start < self.num_states:
             raise ValueError(f"start={self.start} is none of the {self.num_states} states: the lattice is empty")
         for name in ("transition", "word"):
@@ -136,24 +138,26 @@ def factor(lattice: KaldiLattice) -> StringLattice:
     follower = np.full(lattice.num_states, -1)
     follower[lattice.source] = np.arange(len(lattice.source))  # unique where it is used
     heads = np.flatnonzero(~joint[lattice.source])
-    chains, graph, acoustic, target = [], [], [], []
-    for arc in heads.tolist():
-        chain = [arc]
-        while joint[lattice.target[chain[-1]]]:
-            chain.append(int(follower[lattice.target[chain[-1]]]))
-        chains.append(lattice.transition[chain])
-        graph.append(lattice.graph[chain].sum())
-        acoustic.append(lattice.acoustic[chain].sum())
-        target.append(lattice.target[chain[-1]])
-    strings = [chain[chain > 0] for chain in chains]
+    owner, arcs, last = np.arange(len(heads)), heads, heads.copy()
+    owners, chains = [owner], [arcs]
+    while (on := joint[lattice.target[arcs]]).any():
+        owner, arcs = owner[on], follower[lattice.target[arcs[on]]]
+        last[owner] = arcs
+        owners.append(owner)
+        chains.append(arcs)
+    owner = np.concatenate(owners)
+    order = np.argsort(owner, kind="stable")
+    owner, arcs = owner[order], np.concatenate(chains)[order]
+    emits = lattice.transition[arcs] > 0
+    costs = [np.bincount(owner, column[arcs], len(heads)) for column in (lattice.graph, lattice.acoustic)]
     number = np.cumsum(~joint) - 1
     return StringLattice(
         source=number[lattice.source[heads]],
-        target=number[np.array(target, np.int64)],
+        target=number[lattice.target[last]],
         word=lattice.word[heads],
-        costs=np.stack([graph, acoustic], 1),
-        length=np.array([len(string) for string in strings], np.int64),
-        strings=np.concatenate(strings) if strings else np.zeros(0, np.int64),
+        costs=np.stack(costs, 1),
+        length=np.bincount(owner[emits], minlength=len(heads)),
+        strings=lattice.transition[arcs[emits]],
         final=number[lattice.final],
         final_costs=np.stack([lattice.final_graph, lattice.final_acoustic], 1),
         final_length=np.zeros(len(lattice.final), np.int64),
