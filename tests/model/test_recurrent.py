@@ -103,14 +103,30 @@ def test_forget_gates_start_open() -> None:
     assert layer.input.bias.tolist() == [0.0] * 4 + [1.0] * 4 + [0.0] * 8
 
 
+@pytest.mark.parametrize(("kind", "activation"), KINDS)
+def test_recurrent_weights_start_orthogonal(kind: type[RNN | LSTM], activation: Any) -> None:
+    gain = {"relu": 2.0**0.5, "sigmoid": 4.0, "tanh": 1.0}[activation] if kind is RNN else 1.0
+    for layer in kind(3, 2, [6, 5], activation=activation).hidden[0].layers:
+        for gate in layer.recurrent.weight.detach().chunk(1 if kind is RNN else 4):
+            torch.testing.assert_close(gate @ gate.T, gain**2 * torch.eye(len(gate)), rtol=1e-5, atol=1e-5)
+
+
 def test_logistic_units_start_in_the_middle() -> None:
-    """Also above units whose mean is a half."""
-    model = RNN(10, 3, [100, 100], feed_forward=[100], activation="sigmoid")
-    h = model.hidden[0](torch.randn(20, 20, 10)).detach()
-    assert abs(float(h.mean()) - 0.5) < 0.05
-    assert float((h.mean(dim=(0, 1)) - 0.5).abs().max()) < 0.45
-    above = model.hidden[1](h).detach()
-    assert float((above.mean(dim=(0, 1)) - 0.5).abs().mean()) < 0.2
+    """With all units at a half, the next step's are as well."""
+    model = RNN(10, 3, [20, 30], feed_forward=[40, 50], activation="sigmoid")
+    recurrent, *above = model.hidden
+    lower, upper = recurrent.layers
+    half = torch.full((1, 1, 50), 0.5)
+    (h,) = lower.step(lower.input(torch.zeros(1, 1, 10)), (half[..., :20],))
+    torch.testing.assert_close(h, half[..., :20])
+    (h,) = upper.step(upper.input(half[..., :20]), (half[..., :30],))
+    torch.testing.assert_close(h, half[..., :30])
+    for layer in above:
+        h = layer(h)
+        torch.testing.assert_close(h, half[..., : h.shape[2]])
+    _, first, second = LSTM(10, 3, [20], feed_forward=[40, 50], activation="sigmoid").hidden
+    torch.testing.assert_close(first(torch.zeros(1, 1, 20)), half[..., :40])  # an LSTM's units are around zero
+    torch.testing.assert_close(second(half[..., :40]), half)
 
 
 def test_dropout_spares_what_a_layer_hands_to_itself() -> None:
@@ -132,22 +148,22 @@ def test_dropout_is_drawn_anew_at_every_step() -> None:
             layer.input.bias.zero_()
             layer.recurrent.weight.fill_(recurrent)
     # A sum over the steps of 0 or 2, and then itself 0 or doubled.
-    counted = Unfolded([lower, upper], 40, 0.5)(torch.ones(200, 40, 1))
+    counted = Unfolded([lower, upper], 40, 0.5)(torch.ones(200, 40, 1)).detach()
     sums = counted[counted > 0] / 2
     assert float(sums.min()) > 20 and float(sums.max()) < 60
     assert float(sums.std()) > 2.0
 
 
 def test_the_cell_adds_up_in_float32_under_autocast() -> None:
-    """A sum of 200 times 1/256, which bfloat16 no longer sees beside 1."""
-    layer = LSTM(1, 1, [1], window=(199, 0)).hidden[0].layers[0]
+    """A sum of 400 times 1/512, which bfloat16 no longer sees beside a half."""
+    layer = LSTM(1, 1, [1]).hidden[0].layers[0]
     with torch.no_grad():
         layer.recurrent.weight.zero_()
         layer.input.weight.zero_()
-        layer.input.bias.copy_(torch.tensor([20.0, 20.0, 1 / 256, 20.0]))
+        layer.input.bias.copy_(torch.tensor([20.0, 20.0, 1 / 512, 20.0]))
     with torch.autocast("cpu", torch.bfloat16):
-        h = Unfolded([layer], 200, 0.0)(torch.zeros(1, 200, 1))
-    torch.testing.assert_close(float(h), float(torch.tanh(torch.tensor(200 / 256))), rtol=0.01, atol=0.0)
+        h = Unfolded([layer], 400, 0.0)(torch.zeros(1, 400, 1))
+    torch.testing.assert_close(float(h), float(torch.tanh(torch.tensor(400 / 512))), rtol=0.01, atol=0.0)
 
 
 @pytest.mark.parametrize(
