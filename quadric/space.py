@@ -55,9 +55,7 @@ class ParameterSpace:
         It reads every parameter once and is no proof: differences may cancel in the sum, by chance alone once in 2^32.
         """
         shapes = ", ".join(f"{name} {list(shape)}" for name, shape in zip(self.names, self._shapes, strict=True))
-        words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[self.dtype.itemsize]
-        bits = int(torch.stack([p.detach().contiguous().view(words).sum() for p in self.parameters]).sum())
-        return f"{shapes} of {self.dtype}, bits {bits % 2**64:016x}"
+        return f"{shapes} of {self.dtype}, bits {bits(self.parameters):016x}"
 
     def flatten(self, tensors: Iterable[Tensor]) -> Float[Tensor, " n"]:
         """One vector from tensors given in the order of ``names``."""
@@ -73,3 +71,10 @@ class ParameterSpace:
     def views(self, vector: Float[Tensor, " n"]) -> Mapping[str, Tensor]:
         """The same views by name, as ``torch.func.functional_call`` takes them."""
         return dict(zip(self.names, self.split(vector), strict=True))
+
+
+def bits(tensors: Iterable[Tensor]) -> int:
+    """The sum of the bits of tensors of one type, word by word, in 64 bits."""
+    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = [t.detach().contiguous().view(words[t.dtype.itemsize]).sum() for t in tensors]
+    return int(torch.stack(sums).sum()) % 2**64

@@ -90,7 +90,7 @@ class RecordedGradient:
 
 
 class CurvatureOperator(LinearOperator):
-    """1/W sum_b B_b, the B_b recorded once per micro-batch: the matrices of `Curvature`.
+    """1/W sum_b B_b + c I, the B_b recorded once per micro-batch: the matrices of `Curvature`.
 
     The sum runs over the micro-batches of all ranks, who take every product together.
 
@@ -104,6 +104,7 @@ class CurvatureOperator(LinearOperator):
         scale: ||theta||.
         communicator: of the ranks that hold the micro-batches.
         stopwatch: told the time of products.
+        shift: c, of an anchor.
 
     Attributes:
         scale: the length every v is given before a product; 0: v is taken as it is.
@@ -119,8 +120,9 @@ class CurvatureOperator(LinearOperator):
         scale: float,
         communicator: Communicator = Solo(),
         stopwatch: Stopwatch | None = None,
+        shift: float = 0.0,
     ) -> None:
-        self.size = space.size
+        self.size, self.shift = space.size, shift
         self._space = space
         self._recorded = list(recorded)
         self.scale = scale
@@ -142,4 +144,5 @@ class CurvatureOperator(LinearOperator):
             total = product if total is None else total.add_(product)
         total = torch.zeros_like(v) if total is None else total
         self._communicator.sum_(total)
-        return total.div_(self._weight * factor)
+        total.div_(self._weight * factor)
+        return total.add_(v, alpha=self.shift) if self.shift else total

@@ -1,4 +1,4 @@
-"""An objective: the mean loss of a model on data, its gradient and its curvature.
+"""An objective: the mean loss of a model on data and what holds its parameters, its gradient and its curvature.
 
 Only an objective sees data. Solvers and optimisers see numbers and vectors.
 """
@@ -21,6 +21,7 @@ from torch.func import functional_call
 from quadric.comm.communicator import Communicator, Solo, Timed
 from quadric.linalg.vector import dot
 from quadric.loss.loss import Loss
+from quadric.objective.anchor import Anchor
 from quadric.objective.curvature import Curvature, CurvatureOperator, Linearisation, RecordedGradient
 from quadric.objective.layers import linearisable, twice_differentiable
 from quadric.objective.memory import free, retained
@@ -40,7 +41,7 @@ class Data(Enum):
 
 
 class Objective:
-    """The mean loss per frame of ``model`` on micro-batches of data.
+    """The mean loss per frame of ``model`` on micro-batches of data, and an `Anchor` where there is one.
 
     It is also a torch closure, so that ``optimizer.step(objective)`` is the one call for every optimiser, first-order
     or second-order.
@@ -62,6 +63,7 @@ class Objective:
         autocast: the type in which matrix products are computed, for example ``torch.bfloat16``; None: as they are.
             Vectors, sums and the loss stay in the parameters' type.
         seed: of the random layers, which draw other numbers on each rank.
+        anchor: a term beside the mean loss that holds the parameters near a point; None: there is none.
         memory: bytes that a call of `curvatures` may retain of its micro-batches; what goes beyond is recorded anew in
             every product, at about three times the price. None: half of what is free then.
         communicator: of the ranks that hold the data.
@@ -86,6 +88,7 @@ class Objective:
         *,
         autocast: torch.dtype | None = None,
         seed: int = 0,
+        anchor: Anchor | None = None,
         memory: int | None = None,
         communicator: Communicator = Solo(),
         clock: Clock | None = None,
@@ -100,12 +103,16 @@ class Objective:
         self._autocast = autocast
         self.gradient_noise = math.nan
         """The standard error of the last gradient over its norm, told by its micro-batches; NaN where there is one."""
+        self.anchor = anchor
+        if anchor is not None:
+            anchor.check(self.space)
         if communicator.size > 1:
-            communicator.agree("the model", self.space.fingerprint())
+            held = f", anchor of {anchor.fingerprint()}" if anchor else ""
+            communicator.agree("the model", self.space.fingerprint() + held)
         self.frames, self.curvature_frames = self._weigh(gradient=self._gradient, curvature=self._curvature)
 
     def value(self, theta: Float[Tensor, " n"], data: Data = Data.GRADIENT) -> float:
-        """The mean loss at ``theta``, on the gradient's data or the curvature's."""
+        """The mean loss at ``theta``, on the gradient's data or the curvature's, and what the anchor adds."""
         on_gradient = data is Data.GRADIENT
         parameters = self.space.views(theta)
         total = self._zero()
@@ -113,10 +120,11 @@ class Objective:
             for inputs, target, seed in self._stream(self._gradient if on_gradient else self._curvature):
                 total += self.loss(self._output(inputs, seed, parameters), target)
             self.communicator.sum_(total)
-            return float(total) / (self.frames if on_gradient else self.curvature_frames)
+            mean = float(total) / (self.frames if on_gradient else self.curvature_frames)
+            return mean + (self.anchor.value(theta) if self.anchor else 0.0)
 
     def value_and_grad(self, theta: Float[Tensor, " n"]) -> tuple[float, Float[Tensor, " n"]]:
-        """The mean loss and its gradient at ``theta``; `gradient_noise` is then known."""
+        """The value and its gradient at ``theta``; `gradient_noise` is then known."""
         with self.stopwatch.on("gradient"):
             return self._value_and_grad(theta)
 
@@ -130,9 +138,14 @@ class Objective:
             gradient += one
             total += value.detach()
         self.communicator.sum_(total, gradient)
-        gradient /= self.frames
-        self.gradient_noise = noise.relative_to(gradient, self.communicator)
-        return float(total) / self.frames, gradient
+        value, gradient = float(total) / self.frames, gradient.div_(self.frames)
+        error = noise.error(gradient, self.communicator)
+        if self.anchor:
+            value += self.anchor.value(theta)
+            gradient += self.anchor.gradient(theta)
+        norm = math.sqrt(dot(gradient, gradient))
+        self.gradient_noise = error / norm if norm > 0 else math.nan
+        return value, gradient
 
     def curvature(self, theta: Float[Tensor, " n"], kind: Curvature = Curvature.GAUSS_NEWTON) -> CurvatureOperator:
         """The curvature at ``theta`` on the curvature's data, recorded once for every product.
@@ -165,6 +178,7 @@ class Objective:
                 scale,
                 self.communicator,
                 self.stopwatch,
+                self.anchor.weight if self.anchor else 0.0,
             )
             for kind in kinds
         ]
@@ -196,7 +210,8 @@ class Objective:
                 pulled = torch.autograd.grad(output, parameters, u * sign, retain_graph=True, materialize_grads=True)
                 total += self.space.flatten(pulled).square_()
         self.communicator.sum_(total)
-        return total / (draws * self.curvature_frames)
+        total /= draws * self.curvature_frames
+        return total + self.anchor.weight if self.anchor else total
 
     def shared_counts(self, theta: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
         """How often each parameter is used for one frame, measured on the first micro-batch (see `sharing`).
@@ -242,7 +257,7 @@ class Objective:
         return self.loss.fisher(at, target)
 
     def __call__(self) -> Tensor:
-        """The torch closure: clears the gradients, sets them to those of the mean loss, returns the mean loss."""
+        """The torch closure: clears the gradients, sets them to those of the objective, returns its value."""
         for parameter in self.space.parameters:
             parameter.grad = None
         total = self._zero()
@@ -252,7 +267,13 @@ class Objective:
                 (value / self.frames).backward()
                 total += value.detach()
         self._sum_gradients(total)
-        return total / self.frames
+        mean = total / self.frames
+        if self.anchor is None:
+            return mean
+        theta = self.space.point()
+        for parameter, pull in zip(self.space.parameters, self.space.split(self.anchor.gradient(theta)), strict=True):
+            parameter.grad = pull if parameter.grad is None else parameter.grad + pull
+        return mean + self.anchor.value(theta)
 
     def _sum_gradients(self, total: Tensor) -> None:
         """Sums the parameters' gradients and ``total`` over the ranks; what no rank has a gradient of keeps none."""
@@ -375,17 +396,16 @@ class _Noise:
         self.total += weight
         self.weighted.add_(gradient, alpha=weight)
 
-    def relative_to(self, mean: Tensor, communicator: Communicator) -> float:
-        """The standard error over the norm of the mean gradient of all ranks."""
+    def error(self, mean: Tensor, communicator: Communicator) -> float:
+        """The standard error of the mean gradient of all ranks; NaN where it is of one micro-batch."""
         own = [self.batches, self.squares, self.weights, self.total, dot(self.weighted, mean)]
         sums = torch.tensor(own, dtype=torch.float64, device=mean.device)
         communicator.sum_(sums)
         batches, squares, weights, total, along = sums.tolist()
-        norm = dot(mean, mean)
-        if batches < 2 or not norm > 0:
+        if batches < 2:
             return math.nan
-        spread = squares - 2 * along + weights * norm
-        return math.sqrt(batches / (batches - 1) * max(spread, 0.0) / total**2 / norm)
+        spread = squares - 2 * along + weights * dot(mean, mean)
+        return math.sqrt(batches / (batches - 1) * max(spread, 0.0) / total**2)
 
 
 @contextmanager

@@ -59,22 +59,29 @@ def test_one_sum_per_gradient_and_per_product(tmp_path: Path) -> None:
         assert (gradient, products) == (size + 8 + 40, 3 * size)  # with the value, then five numbers of the noise
 
 
-@pytest.mark.parametrize("shares", [(2, 3, 1), (0, 6, 0), (6, 0, 0), (0, 1, 5)])
-def test_all_an_objective_says_is_of_the_joint_data(shares: tuple[int, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("shares", "anchor"), [((2, 3, 1), ()), ((0, 6, 0), ()), ((6, 0, 0), ()), ((0, 1, 5), ()), ((0, 2, 4), (0.3,))]
+)
+def test_all_an_objective_says_is_of_the_joint_data(
+    shares: tuple[int, ...], anchor: tuple[float, ...], tmp_path: Path
+) -> None:
+    """An anchor is no data: it counts once."""
     batches = training.speech().draw(330)
     assert len(batches) == 6
     split = [batches[sum(shares[:r]) : sum(shares[: r + 1])] for r in range(3)]
     small = [[], [batches[1]], [batches[4]]]
-    expected = training.everything(Solo(), [batches], [[batches[1], batches[4]]])
-    results = run(tmp_path, 3, training.everything, split, small)
+    expected = training.everything(Solo(), [batches], [[batches[1], batches[4]]], 0.0, anchor)
+    results = run(tmp_path, 3, training.everything, split, small, 0.0, 3 * anchor)
     for value, again, gradient, closed, grads, product in results:
         assert (gradient, product) == (results[0][2], results[0][5])
         assert value == again == results[0][0] == pytest.approx(expected[0], rel=1e-13)
         assert closed == results[0][3] == pytest.approx(expected[3], rel=1e-13)
         torch.testing.assert_close(vector(gradient), vector(expected[2]), rtol=1e-11, atol=1e-15)
         torch.testing.assert_close(vector(product), vector(expected[5]), rtol=1e-11, atol=1e-15)
-        assert [g is None for g in grads] == [g is None for g in expected[4]] and grads[0] is None  # "idle"
-        for own, first, joint in zip(grads[1:], results[0][4][1:], expected[4][1:], strict=True):
+        assert [g is None for g in grads] == [g is None for g in expected[4]]
+        held = int(not anchor)  # without an anchor, "idle" has none
+        assert all(g is None for g in grads[:held]) and not any(g is None for g in grads[held:])
+        for own, first, joint in zip(grads[held:], results[0][4][held:], expected[4][held:], strict=True):
             assert torch.equal(own, first)
             torch.testing.assert_close(own, joint, rtol=1e-11, atol=1e-15)
 
@@ -108,6 +115,13 @@ def test_ranks_with_other_models_are_refused(kinds: list[dict[str, int]], messag
     batches = list(training.speech().draw(60))
     for result in run(tmp_path, 3, training.builds, kinds, batches):
         with pytest.raises(ValueError, match=f"the ranks disagree on the model: {message}"):
+            raise result
+
+
+def test_ranks_with_other_anchors_are_refused(tmp_path: Path) -> None:
+    batches = list(training.speech().draw(60))
+    for result in run(tmp_path, 2, training.everything, [batches] * 2, [batches] * 2, 0.0, (0.3, 0.4)):
+        with pytest.raises(ValueError, match=r"disagree on the model: .*anchor of weight 0\.3.*anchor of weight 0\.4"):
             raise result
 
 

@@ -14,9 +14,11 @@ from quadric.comm.communicator import Communicator, Solo
 from quadric.data.batch import Batch
 from quadric.data.stream import FrameStream
 from quadric.loss.loss import CrossEntropy
+from quadric.objective.anchor import Anchor
 from quadric.objective.objective import Objective
 from quadric.optim.precondition import LBFGS
 from quadric.optim.second_order import hessian_free, natural_gradient, nghf
+from quadric.space import ParameterSpace
 from reference.ranks import die
 
 CLASSES = 5
@@ -141,13 +143,19 @@ Everything = tuple[float, float, bytes, float, list[Tensor | None], bytes]
 
 
 def everything(
-    communicator: Communicator, shares: list[list[Batch]], curvature: list[list[Batch]], dropout: float = 0.0
+    communicator: Communicator,
+    shares: list[list[Batch]],
+    curvature: list[list[Batch]],
+    dropout: float = 0.0,
+    anchors: tuple[float, ...] = (),
 ) -> Everything:
-    """All that an objective says of its data; rank r holds the r-th share of each set."""
+    """All that an objective says of its data; rank r holds the r-th share of each set, and an anchor of that weight."""
     model = network(dropout).double()
     model.register_parameter("idle", nn.Parameter(torch.ones(2, dtype=torch.float64)))
     share, small = ([b._replace(inputs=b.inputs.double()) for b in s[communicator.rank]] for s in (shares, curvature))
-    objective = Objective(model, CrossEntropy(), share, small, seed=7, communicator=communicator)
+    at = torch.sin(torch.arange(ParameterSpace(model).size, dtype=torch.float64))
+    anchor = Anchor(at, anchors[communicator.rank]) if anchors else None
+    objective = Objective(model, CrossEntropy(), share, small, seed=7, anchor=anchor, communicator=communicator)
     theta = objective.space.point()
     value, gradient = objective.value_and_grad(theta)
     product = objective.curvature(theta) @ torch.cos(torch.arange(len(theta), dtype=torch.float64))
