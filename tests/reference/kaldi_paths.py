@@ -1,4 +1,4 @@
-"""Every path of a lattice, one by one, and lattices to list them of: the twin of quadric.speech.lattices."""
+"""Every path of a lattice, one by one, and lattices to list them of: the twin of quadric.speech.kaldi_frames."""
 
 from __future__ import annotations
 

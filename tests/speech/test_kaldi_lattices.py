@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from quadric.lattice.lattice import Lattice
 from quadric.speech.kaldi_archive import read_archive
+from quadric.speech.kaldi_frames import acoustic_difference, check_frames, from_lattice, read_lattices, to_lattice
 from quadric.speech.kaldi_lattice import KaldiLattice
 from quadric.speech.kaldi_words import WordLabels, write_words
-from quadric.speech.lattices import acoustic_difference, check_frames, from_lattice, read_lattices, to_lattice
 from quadric.speech.lexicon import Lexicon
 from quadric.speech.topology import monophone
 from quadric.speech.transitions import NO_PDF, HmmState, Topology, TransitionModel
