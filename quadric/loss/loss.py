@@ -37,7 +37,7 @@ class Loss(nn.Module):
         """The number of frames that count, a scalar."""
         raise NotImplementedError
 
-    def accuracy(self, output: Tensor, target: Any) -> tuple[float, float] | None:
+    def correct(self, output: Tensor, target: Any) -> tuple[float, float] | None:
         """How much of ``target`` the output has right, and how much there is; None where a loss knows no such thing."""
         return None
 
@@ -89,7 +89,7 @@ class CrossEntropy(Loss):
     def weight(self, target: Int[Tensor, "*B"]) -> Tensor:
         return (target != PADDING).sum()
 
-    def accuracy(self, output: Float[Tensor, "*B C"], target: Int[Tensor, "*B"]) -> tuple[float, float]:
+    def correct(self, output: Float[Tensor, "*B C"], target: Int[Tensor, "*B"]) -> tuple[float, float]:
         """Frames whose likeliest class is the target's, and frames that count."""
         counts = target != PADDING
         return float(((output.argmax(-1) == target) & counts).sum()), float(counts.sum())

@@ -20,6 +20,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -124,6 +125,13 @@ class _ExpectedAccuracy(SequenceLoss):
     def _loss(self, target: SequenceTarget, scores: np.ndarray, sums: PathSums) -> float:
         return target.most - sums.mean
 
+    def correct(self, output: Float[Tensor, "B T C"], target: Sequence[SequenceTarget]) -> tuple[float, float]:
+        """The expected accuracy, and the reference's own."""
+        self._check(output, target)
+        scores = self._scores(output.to(torch.promote_types(output.dtype, torch.float32)), target)
+        expected = sum(sums.mean for sums in self._sums(target, scores, backward=False))
+        return expected, sum(u.most for u in target)
+
     def _slope(self, target: SequenceTarget, sums: PathSums) -> np.ndarray:
         assert sums.derivative is not None
         return -sums.derivative
@@ -166,21 +174,21 @@ class MPE(_ExpectedAccuracy):
         super().__init__(log_prior, **options)
         if accuracy not in ("approximate", "exact", "frame"):
             raise ValueError(f"accuracy={accuracy!r} must be 'approximate', 'exact' or 'frame'")
-        self.accuracy, self.silence_phones, self.one_silence_class = accuracy, tuple(silence_phones), one_silence_class
+        self.counts, self.silence_phones, self.one_silence_class = accuracy, tuple(silence_phones), one_silence_class
 
     def target(self, lattice: Lattice, reference: StatePath, *, teacher: Teacher | None = None) -> SequenceTarget:
-        if self.accuracy == "frame":
+        if self.counts == "frame":
             value = frame_phone_accuracy(lattice, reference, self.silence_phones, self.one_silence_class)
             most = right_frames(reference, self.silence_phones, self.one_silence_class)
         else:
-            refine = approximate_phone_accuracy if self.accuracy == "approximate" else exact_phone_accuracy
+            refine = approximate_phone_accuracy if self.counts == "approximate" else exact_phone_accuracy
             lattice, value = refine(lattice, reference, self.silence_phones)
             most = spoken_phones(reference, self.silence_phones)
         return self._checked(SequenceTarget(lattice, reference, value, float(most), teacher))
 
     def extra_repr(self) -> str:
         return (
-            f"accuracy={self.accuracy!r}, silence_phones={self.silence_phones}, "
+            f"accuracy={self.counts!r}, silence_phones={self.silence_phones}, "
             f"one_silence_class={self.one_silence_class}, {super().extra_repr()}"
         )
 

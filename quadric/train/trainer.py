@@ -79,7 +79,7 @@ def evaluate(
                 output = model(inputs.to(device)).float()
                 total += float(loss(output, target))
                 weight += float(loss.weight(target))
-                if (judged := loss.accuracy(output, target)) is not None:
+                if (judged := loss.correct(output, target)) is not None:
                     right, possible = right + judged[0], possible + judged[1]
     finally:
         model.train(was_training)

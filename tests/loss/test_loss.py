@@ -53,5 +53,5 @@ def test_squared_error_by_hand() -> None:
 
 def test_what_is_right_is_counted_by_hand() -> None:
     output = torch.tensor([[[2.0, 1.0], [0.0, 3.0], [5.0, 0.0]]])
-    assert CrossEntropy().accuracy(output, torch.tensor([[0, 0, -1]])) == (1.0, 2.0)
-    assert SquaredError().accuracy(output, output) is None
+    assert CrossEntropy().correct(output, torch.tensor([[0, 0, -1]])) == (1.0, 2.0)
+    assert SquaredError().correct(output, output) is None
