@@ -27,8 +27,7 @@ import errno
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from graphlib import CycleError, TopologicalSorter
+from collections.abc import Sequence
 from pathlib import Path
 
 import kaldifst
@@ -36,9 +35,11 @@ import numpy as np
 
 from quadric.files import new_file
 from quadric.lattice.automaton import Automaton
+from quadric.lattice.labelled import LabelledAutomaton
+from quadric.speech.epsilons import Transducer, epsilons_before, epsilons_behind, numbered, read_transducer
 from quadric.speech.language_model import BEGIN, END, NGram
 from quadric.speech.lexicon import Lexicon
-from quadric.speech.topology import Tying
+from quadric.speech.topology import STATES, Tying
 
 logger = logging.getLogger(__name__)
 
@@ -144,16 +145,58 @@ def to_automaton(fst: kaldifst.StdVectorFst) -> Automaton:
     Raises:
         ValueError: ``fst`` accepts nothing, or has a cycle of epsilon arcs.
     """
-    fst = fst.copy()
-    kaldifst.connect(fst)
-    if fst.num_states == 0:
-        raise ValueError("fst accepts nothing: no path leads from its start to a final state")
-    emitting, silent, final = _read(fst)
-    for state in _epsilon_order(silent):
-        for target, weight in silent[state]:
-            emitting[state] += [(t, pdf, weight + w) for t, pdf, w in emitting[target]]
-            final[state] = _log_add(final[state], weight + final[target])
-    return _reachable(fst.start, emitting, final)
+    return _automaton(numbered(epsilons_behind(read_transducer(fst))))
+
+
+def to_labelled(fst: kaldifst.StdVectorFst, tying: Tying) -> LabelledAutomaton:
+    """The graph ``fst`` with its words, without epsilon arcs: what lattices are generated from.
+
+    As in :func:`to_automaton` sums over all paths stay what they were, also those over the paths of the same words.
+    A word on an epsilon arc is said by the arc that emits before it, the last frame before that epsilon; at the
+    start of ``fst``, by the first frame.
+
+    Args:
+        fst: a graph of states, such as a decoding graph.
+        tying: the tying it was built with.
+
+    Raises:
+        ValueError: ``fst`` accepts nothing, has a cycle of epsilon arcs, says more words than there are frames for
+            them, or is not made of the phones of ``tying``, each of :data:`~quadric.speech.topology.STATES` states
+            in turn.
+    """
+    graph = numbered(epsilons_before(read_transducer(fst)))
+    arcs = graph.arcs
+    if arcs.pdf.max(initial=-1) >= tying.num_pdfs:
+        raise ValueError(f"fst emits pdf {arcs.pdf.max()}, the tying has {tying.num_pdfs} pdfs: pass the one it is of")
+    begins = (tying.state_of_pdf[arcs.pdf] == 0) & ~arcs.own_loop
+    labelled = LabelledAutomaton(_automaton(graph), arcs.word, tying.phone_of_pdf[arcs.pdf], begins)
+    _check_phones(labelled, tying)
+    return labelled
+
+
+def _automaton(graph: Transducer) -> Automaton:
+    arcs = graph.arcs
+    return Automaton(arcs.source, arcs.target, arcs.pdf, arcs.weight, graph.final, graph.start)
+
+
+def _check_phones(graph: LabelledAutomaton, tying: Tying) -> None:
+    """Raises ``ValueError`` unless a phone begins where :func:`~quadric.speech.topology.phone_segments` sees one."""
+    arcs, last = graph.automaton, STATES - 1
+    state = tying.state_of_pdf[arcs.pdf]
+    # Lowest and highest (phone, state) of the arcs into every state.
+    place = STATES * graph.phone + state
+    lowest, highest = np.full(arcs.num_states, STATES * len(tying.phones)), np.full(arcs.num_states, -1)
+    np.minimum.at(lowest, arcs.target, place)
+    np.maximum.at(highest, arcs.target, place)
+    ends = np.ones(arcs.num_states, bool)
+    ends[arcs.target[state != last]] = False
+    goes_on = (lowest[arcs.source] >= place - (state > 0)) & (highest[arcs.source] <= place)
+    at_start = (arcs.source == arcs.start) & (highest[arcs.start] < 0)
+    if not np.all(np.where(graph.begins, ends[arcs.source], goes_on & ~at_start)):
+        raise ValueError(
+            f"fst is not made of the tying's phones, each of {STATES} states in turn with self loops: pass the tying "
+            "that it was built with"
+        )
 
 
 class _Symbols:
@@ -311,57 +354,3 @@ def _check(lexicon: Lexicon, tying: Tying, silence_probability: float, self_loop
     missing = sorted(set(lexicon.phones) - set(tying.phones))
     if missing:
         raise ValueError(f"tying lacks the phones {', '.join(missing)} of the lexicon: build it for the same lexicon")
-
-
-_Emitting = list[list[tuple[int, int, float]]]
-_Silent = list[list[tuple[int, float]]]
-
-
-def _read(fst: kaldifst.StdVectorFst) -> tuple[_Emitting, _Silent, list[float]]:
-    """Of every state the arcs (target, pdf, log weight), the epsilon arcs (target, log weight), the final."""
-    emitting: _Emitting = [[] for _ in range(fst.num_states)]
-    silent: _Silent = [[] for _ in range(fst.num_states)]
-    for state in kaldifst.StateIterator(fst):
-        for arc in kaldifst.ArcIterator(fst, state):
-            if arc.ilabel:
-                emitting[state].append((arc.nextstate, arc.ilabel - 1, -arc.weight.value))
-            else:
-                silent[state].append((arc.nextstate, -arc.weight.value))
-    return emitting, silent, [-fst.final(state).value for state in range(fst.num_states)]
-
-
-def _epsilon_order(silent: _Silent) -> Iterator[int]:
-    """The states on epsilon arcs, each after those that its epsilon arcs lead to."""
-    leads_to = {state: [target for target, _ in arcs] for state, arcs in enumerate(silent) if arcs}
-    try:
-        yield from TopologicalSorter(leads_to).static_order()
-    except CycleError as error:
-        raise ValueError("fst has a cycle of epsilon arcs: sums over its paths are not defined") from error
-
-
-def _reachable(start: int, emitting: _Emitting, final: list[float]) -> Automaton:
-    """The automaton of the states that arcs lead to from ``start``; parallel arcs become one."""
-    number, states = {start: 0}, [start]
-    arcs: dict[tuple[int, int, int], float] = {}
-    for state in states:
-        source = number[state]
-        for target, pdf, weight in emitting[state]:
-            if target not in number:
-                number[target] = len(states)
-                states.append(target)
-            key = (source, number[target], pdf)
-            arcs[key] = _log_add(arcs[key], weight) if key in arcs else weight
-    ends = np.array(list(arcs), np.int32).reshape(-1, 3)
-    return Automaton(
-        source=np.ascontiguousarray(ends[:, 0]),
-        target=np.ascontiguousarray(ends[:, 1]),
-        pdf=np.ascontiguousarray(ends[:, 2]),
-        weight=np.array(list(arcs.values()), np.float64),
-        final=np.array([final[state] for state in states], np.float64),
-        start=0,
-    )
-
-
-def _log_add(a: float, b: float) -> float:
-    high, low = max(a, b), min(a, b)
-    return high if low == -math.inf else high + math.log1p(math.exp(low - high))

@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +21,14 @@ from quadric.speech.graph import (
     decoding_graph,
     read_graph,
     to_automaton,
+    to_labelled,
     with_word_penalty,
     write_graph,
 )
 from quadric.speech.language_model import Entry, NGram
 from quadric.speech.lexicon import Lexicon, read_lexicon
-from quadric.speech.topology import Tying, monophone
+from quadric.speech.topology import Tying, monophone, phone_segments
+from reference.graph_paths import said_by_arrays, said_by_fst
 from reference.spoken import Ways, expected, transduce, ways_to_say
 from reference.toy_language import LEXICON, TYINGS, triphone
 
@@ -205,6 +207,54 @@ def test_epsilon_cycles_and_empty_graphs_are_refused() -> None:
         to_automaton(transducer([(0, 1, 1, 0.0), (2, 2, 1, 0.0)], {2: 0.0}))
 
 
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_a_labelled_graph_says_what_the_graph_says(tmp_path: Path, tying: Tying, order: int) -> None:
+    """The same words for the same frames, with the same weights; homophones at the end of a sentence too."""
+    NGram.estimate(TEXT, LEXICON.words, order).write_arpa(tmp_path / "lm.arpa")
+    fst = decoding_graph(LEXICON, tmp_path / "lm.arpa", tying, silence_probability=SILENCE, self_loop=LOOP)
+    graph = to_labelled(fst, tying)
+    sentences = [words for count in range(4) for words in product(LEXICON.words, repeat=count)]
+    ways = ways_to_say(sentences, LEXICON, tying, lambda words: 0.0, SILENCE)
+    several = 0
+    for pdfs in queries(ways, np.random.default_rng(4), longest=15):
+        if pdfs:
+            found = said_by_arrays(graph, pdfs)
+            assert found == pytest.approx(said_by_fst(fst, pdfs), abs=1e-9)
+            several += len(found) > 1
+    assert several > 20
+
+
+def test_phones_begin_where_their_segments_do(tmp_path: Path, tying: Tying) -> None:
+    NGram.estimate(TEXT, LEXICON.words, 2).write_arpa(tmp_path / "lm.arpa")
+    graph = to_labelled(decoding_graph(LEXICON, tmp_path / "lm.arpa", tying), tying)
+    arcs, rng, repeated = graph.automaton, np.random.default_rng(5), 0
+    for _ in range(50):
+        state, path = arcs.start, list[int]()
+        while len(path) < 60 and arcs.offsets[state] < arcs.offsets[state + 1]:
+            path.append(int(rng.integers(arcs.offsets[state], arcs.offsets[state + 1])))
+            state = arcs.target[path[-1]]
+        segments = phone_segments(arcs.pdf[path], tying)
+        assert np.flatnonzero(graph.begins[path]).tolist() == [segment.start for segment in segments]
+        assert graph.phone[path].tolist() == [s.phone for s in segments for _ in range(s.end - s.start)]
+        repeated += any(a.phone == b.phone for a, b in pairwise(segments))
+    assert repeated > 10
+
+
+def test_a_graph_of_another_tying_is_refused(tmp_path: Path) -> None:
+    NGram.estimate(TEXT, LEXICON.words, 2).write_arpa(tmp_path / "lm.arpa")
+    fst = decoding_graph(LEXICON, tmp_path / "lm.arpa", TYINGS["tri"])
+    with pytest.raises(ValueError, match=r"the tying has 9 pdfs"):
+        to_labelled(fst, TYINGS["mono"])
+    for label in (2, 4):  # the second state of silence, and the first one of a, behind the first of silence
+        with pytest.raises(ValueError, match="not made of the tying's phones"):
+            to_labelled(
+                transducer([(0, 1, 1, 0.0), (1, 2, label, 0.0), (2, 3, 2, 0.0), (2, 3, 1, 0.0)], {3: 0.0}),
+                TYINGS["mono"],
+            )
+    with pytest.raises(ValueError, match="not made of the tying's phones"):
+        to_labelled(transducer([(0, 1, 2, 0.0)], {1: 0.0}), TYINGS["mono"])
+
+
 @pytest.mark.parametrize("penalty", [-0.75, 0.0, 2.0])
 def test_every_word_costs_the_penalty(tmp_path: Path, tying: Tying, penalty: float) -> None:
     NGram.estimate(TEXT, LEXICON.words, 2).write_arpa(tmp_path / "lm.arpa")
@@ -281,6 +331,10 @@ def test_graphs_of_a_real_lexicon(shared_data: Path, tmp_path: Path) -> None:
     tying = monophone(lexicon.phones)
     graph = decoding_graph(lexicon, tmp_path / "lm.arpa", tying)
     assert 40_000 < graph.num_states < 70_000
+    began = time.process_time()
+    labelled = to_labelled(graph, tying)
+    assert time.process_time() - began < 4.0
+    assert labelled.num_arcs < 1.5 * sum(graph.num_arcs(state) for state in range(graph.num_states))
     graphs = AlignmentGraphs(lexicon, tying)
     began = time.process_time()
     shortest = [graphs.automaton(words).min_frames for words in text[:200]]
