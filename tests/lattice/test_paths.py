@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("numba", reason="needs the speech extra")
+
+from quadric.lattice.generate import Generator, LatticeOptions, NoPath
+from quadric.lattice.lattice import Lattice, StatePath
+from quadric.lattice.paths import contains, path_weight, with_path
+from reference.searches import graph_paths, lattice_paths, random_graph
+
+WIDE = LatticeOptions(beam=1e4, lattice_beam=2.0, max_active=10**6)
+
+
+def state_path(steps: list[tuple[int, int, bool]], weight: float = -1.5) -> StatePath:
+    pdf, phone, begins = zip(*steps, strict=True)
+    return StatePath(np.array(pdf, np.int32), np.array(phone, np.int32), np.array([True, *begins[1:]]), weight)
+
+
+def random_lattice(rng: np.random.Generator, frames: int) -> Lattice | None:
+    try:
+        return Generator(random_graph(rng, arcs=16), WIDE)(rng.normal(size=(frames, 4)))
+    except NoPath:
+        return None
+
+
+@given(seed=st.integers(0, 2**32 - 1), frames=st.integers(1, 5))
+def test_the_weight_of_pdfs_sums_their_paths(seed: int, frames: int) -> None:
+    rng = np.random.default_rng(seed)
+    graph = random_graph(rng, pdfs=2, arcs=16)
+    weights: dict[tuple[int, ...], float] = {}
+    for steps, final in graph_paths(graph, frames):
+        key = tuple(step[0] for step in steps)
+        weights[key] = float(np.logaddexp(weights.get(key, -np.inf), sum(step[4] for step in steps) + final))
+    for pdfs in [*weights, tuple(rng.integers(2, size=frames).tolist()), (7,) * frames]:
+        assert path_weight(graph, np.array(pdfs)) == pytest.approx(weights.get(pdfs, -np.inf), abs=1e-5)
+
+
+@given(seed=st.integers(0, 2**32 - 1), frames=st.integers(1, 5))
+def test_a_lattice_holds_its_paths_and_takes_others(seed: int, frames: int) -> None:
+    rng = np.random.default_rng(seed)
+    lattice = random_lattice(rng, frames)
+    if lattice is None:
+        return
+    paths = list(lattice_paths(lattice))
+    own = {tuple((pdf, phone, begins) for pdf, _, phone, begins, _ in steps) for steps, _ in paths}
+    some = list(next(iter(own)))
+    changed = rng.integers(frames)
+    some[changed] = (some[changed][0], some[changed][1] + 5, some[changed][2])
+    turned = list(next(iter(own)))
+    turned[-1] = (*turned[-1][:2], not turned[-1][2])
+    for steps in [*own, some, turned]:
+        path = state_path(list(steps))
+        there = tuple((s[0], s[1], bool(b)) for s, b in zip(steps, path.begins, strict=True)) in own
+        assert contains(lattice, path) == there
+        larger = with_path(lattice, path)
+        if there:
+            assert larger is lattice
+            continue
+        assert contains(larger, path)
+        arcs = zip(path.pdf.tolist(), path.phone.tolist(), path.begins.tolist(), strict=True)
+        new = tuple((p, 0, q, b, -1.5 if t == 0 else 0.0) for t, (p, q, b) in enumerate(arcs))
+        assert sorted(lattice_paths(larger)) == sorted([*paths, (new, 0.0)])
+
+
+def test_misuse() -> None:
+    rng = np.random.default_rng(2)
+    lattice = next(lattice for _ in range(99) if (lattice := random_lattice(rng, 3)) is not None)
+    path = state_path([(9, 9, True)] * 3)
+    for long in (2, 4):
+        with pytest.raises(ValueError, match=f"path has {long} frames, the lattice 3"):
+            with_path(lattice, state_path([(9, 9, True)] * long))
+    with pytest.raises(ValueError, match="must be finite"):
+        with_path(lattice, replace(path, weight=-np.inf))
+    for pdfs in (np.zeros(3), np.zeros((3, 1), int), np.zeros(0, int)):
+        with pytest.raises(ValueError, match="one row of integers"):
+            path_weight(random_graph(rng), pdfs)
