@@ -74,10 +74,10 @@ def _narrow(values: np.ndarray) -> np.ndarray:
 
 @numba.njit(nogil=True, cache=True)
 def _equal(rows, a, b):  # type: ignore[no-untyped-def]  # pragma: no cover
+    same = True
     for k in range(rows.shape[1]):
-        if rows[a, k] != rows[b, k]:
-            return False
-    return True
+        same = same and rows[a, k] == rows[b, k]
+    return same
 
 
 @numba.njit(nogil=True, cache=True)

@@ -181,15 +181,6 @@ def _packed(graph: LabelledAutomaton, state: Int32[np.ndarray, " A"]) -> np.ndar
     return arcs
 
 
-@numba.njit(nogil=True, cache=True)
-def _grown(array, size):  # type: ignore[no-untyped-def]  # pragma: no cover
-    if size <= len(array):
-        return array
-    larger = np.empty(max(size, 2 * len(array)), array.dtype)
-    larger[: len(array)] = array
-    return larger
-
-
 _BINS = 256
 
 

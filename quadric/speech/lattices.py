@@ -1,0 +1,294 @@
+"""Lattices of many utterances, made on several threads and kept in a folder.
+
+::
+
+    STORE/key.json             what the lattices were made with
+    STORE/lattices-000000.zip  lattices of some utterances, and which utterances were skipped and why
+
+A shard appears when it is whole. A run that was ended, killed too, is gone on with by the same call.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+from zipfile import BadZipFile, ZipFile
+
+import numpy as np
+from jaxtyping import Float
+
+from quadric.files import new_file
+from quadric.lattice.codec import decode, encode
+from quadric.lattice.generate import Generator, LatticeOptions, NoPath
+from quadric.lattice.labelled import LabelledAutomaton
+from quadric.lattice.lattice import Lattice
+from quadric.progress import Progress, silent
+from quadric.speech.tables import few
+from quadric.speech.workers import in_order
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = 1
+_KEY = "key.json"
+_CONTENTS = "contents.json"
+
+
+class Lattices(Mapping[str, Lattice]):
+    """Utterance id -> lattice, read each time it is asked for.
+
+    Attributes:
+        skipped: utterances without a lattice, and why.
+        frames, arcs: of all lattices.
+
+    Args:
+        store: a folder that :func:`make_lattices` filled.
+        ids: of the utterances wanted, in the order they are given out; all, as they were made, if not given.
+
+    Raises:
+        FileNotFoundError: ``store`` is no such folder.
+        ValueError: a part of it is damaged; now, or when it is read.
+    """
+
+    def __init__(self, store: Path, ids: Iterable[str] | None = None) -> None:
+        self.store = Path(store)
+        if not (self.store / _KEY).is_file():
+            raise FileNotFoundError(f"store={str(store)!r}: there are no lattices")
+        shards = [_read_contents(path) for path in _shards(self.store)]
+        entries = {entry.id: entry for shard in shards for entry in shard.entries}
+        skipped = {id: reason for shard in shards for id, reason in shard.skipped.items()}
+        wanted = list(ids) if ids is not None else list(entries | skipped)
+        self._entries = {id: entries[id] for id in wanted if id in entries}
+        self.skipped = {id: skipped[id] for id in wanted if id in skipped}
+
+    @property
+    def frames(self) -> int:
+        return sum(entry.frames for entry in self._entries.values())
+
+    @property
+    def arcs(self) -> int:
+        return sum(entry.arcs for entry in self._entries.values())
+
+    def __getitem__(self, id: str) -> Lattice:
+        entry = self._entries[id]
+        with _whole(entry.shard), ZipFile(entry.shard) as file:
+            return decode(file.read(entry.member))
+
+    def __contains__(self, id: object) -> bool:
+        return id in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+def make_lattices(
+    scores: Mapping[str, Float[np.ndarray, "T C"]],
+    graph: LabelledAutomaton,
+    options: LatticeOptions,
+    store: Path,
+    *,
+    made_from: Mapping[str, Any] | None = None,
+    jobs: int = 1,
+    shard_size: int = 100,
+    progress: Progress = silent,
+) -> Lattices:
+    """The lattices of all utterances, made unless they are in the store; one process at a time.
+
+    What cannot have a lattice is skipped, with a warning: scores that are not finite, no frames or too few, no path
+    within the beam. The lattices do not depend on ``jobs``.
+
+    Args:
+        scores: utterance id -> natural-log scores of frames and pdfs, scaled against the weights of the graph. Read one
+            by one, from this thread, and only for utterances that are not in the store.
+        graph: the paths there are.
+        options: how many of them to keep.
+        store: the folder to keep them in.
+        made_from: what the scores depend on, such as the model's checksum and the acoustic scale, for JSON. A store
+            made from something else is refused.
+        jobs: threads.
+        shard_size: utterances in a file, and at most lost when the run is ended.
+
+    Raises:
+        ValueError: the store holds lattices made with something else or is another folder; scores without a column for
+            every pdf of the graph.
+        Unwritable: the store cannot be written.
+    """
+    if jobs < 1 or shard_size < 1:
+        raise ValueError(f"jobs={jobs} and shard_size={shard_size} must be at least 1")
+    store = Path(store)
+    _claim(store, {"format": _FORMAT, **asdict(options), "graph": _checksum(graph), "made_from": dict(made_from or {})})
+    done, number = _finished(store)
+    left = [id for id in scores if id not in done]
+    make = _Maker(Generator(graph, options))
+    results = progress(_each(make, scores, left, jobs), total=len(left), what="lattices")
+    shard: list[_Made] = []
+    for made in results:
+        shard.append(made)
+        if len(shard) == shard_size:
+            _write_shard(store, number, shard)
+            shard, number = [], number + 1
+    if shard:
+        _write_shard(store, number, shard)
+    lattices = Lattices(store, scores)
+    if lattices.skipped:
+        reasons = few([f"{id}: {reason}" for id, reason in lattices.skipped.items()])
+        logger.warning("of %d utterances without a lattice: %s", len(scores), reasons)
+    return lattices
+
+
+class _Made(NamedTuple):
+    """A lattice in bytes, or the reason why there is none."""
+
+    id: str
+    content: bytes | None
+    reason: str = ""
+    frames: int = 0
+    arcs: int = 0
+
+
+@dataclass(frozen=True)
+class _Maker:
+    generator: Generator
+
+    def __call__(self, id: str, scores: Float[np.ndarray, "T C"]) -> _Made:
+        try:
+            lattice = self.generator(scores)
+        except NoPath as error:
+            return _Made(id, None, str(error))
+        return _Made(id, encode(lattice), "", lattice.num_frames, lattice.num_arcs)
+
+    def unusable(self, id: str, scores: Float[np.ndarray, "T C"]) -> str:
+        """Why an utterance is skipped without a search; empty if it is not."""
+        least = self.generator.graph.num_pdfs
+        if np.ndim(scores) != 2 or scores.shape[1] < least:
+            raise ValueError(
+                f"scores of {id} have shape {np.shape(scores)}: the graph needs a column for each of its {least} pdfs"
+            )
+        if not len(scores):
+            return "no frames"
+        return "" if np.isfinite(scores).all() else "scores that are not finite"
+
+
+def _each(make: _Maker, scores: Mapping[str, np.ndarray], ids: list[str], jobs: int) -> Iterator[_Made]:
+    """What becomes of each utterance, in order; no more scores are read than keep the threads busy."""
+    with ThreadPoolExecutor(jobs) as threads:
+
+        def futures() -> Iterator[Any]:
+            for id in ids:
+                found = scores[id]
+                reason = make.unusable(id, found)
+                yield threads.submit(_Made, id, None, reason) if reason else threads.submit(make, id, found)
+
+        yield from in_order(futures(), jobs, "a lattice")
+
+
+def _checksum(graph: LabelledAutomaton) -> str:
+    digest = hashlib.sha256(str(graph.automaton.start).encode())
+    arcs = graph.automaton
+    for array in (arcs.source, arcs.target, arcs.pdf, arcs.weight, arcs.final, graph.word, graph.phone, graph.begins):
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------- the store
+
+
+class _Entry(NamedTuple):
+    """Where a lattice is, and its size."""
+
+    id: str
+    shard: Path
+    member: str
+    frames: int
+    arcs: int
+
+
+class _Contents(NamedTuple):
+    entries: list[_Entry]
+    skipped: dict[str, str]
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """Turns the errors of reading a damaged shard into one that names it and the remedy."""
+    try:
+        yield
+    except (BadZipFile, ValueError, KeyError, TypeError, OSError, EOFError, NotImplementedError) as error:
+        raise ValueError(
+            f"{path} is damaged or gone ({error}): make the lattices again, only those in it will be"
+        ) from error
+
+
+def _shards(store: Path) -> list[Path]:
+    return sorted(store.glob("lattices-*.zip"))
+
+
+def _write_shard(store: Path, number: int, shard: list[_Made]) -> None:
+    entries = [[made.id, made.frames, made.arcs] for made in shard if made.content is not None]
+    skipped = {made.id: made.reason for made in shard if made.content is None}
+    with (
+        new_file(store / f"lattices-{number:06}.zip") as temporary,
+        temporary.open("wb") as stream,
+        ZipFile(stream, "w") as file,
+    ):
+        for place, content in enumerate(made.content for made in shard if made.content is not None):
+            file.writestr(str(place), content)
+        file.writestr(_CONTENTS, json.dumps({"entries": entries, "skipped": skipped}))
+
+
+def _read_contents(path: Path, *, check: bool = False) -> _Contents:
+    """What is in a shard; if ``check``, all of it is read and compared with its checksums."""
+    with _whole(path), ZipFile(path) as file:
+        if check and (damaged := file.testzip()) is not None:
+            raise ValueError(f"checksum of part {damaged}")
+        found = json.loads(file.read(_CONTENTS))
+        entries = [_Entry(id, path, str(place), *sizes) for place, (id, *sizes) in enumerate(found["entries"])]
+        return _Contents(entries, dict(found["skipped"]))
+
+
+def _claim(store: Path, key: dict[str, Any]) -> None:
+    """Writes the key of a new store, or raises ``ValueError`` if the store there has another one."""
+    key = json.loads(json.dumps(key, sort_keys=True))
+    path = store / _KEY
+    if not path.is_file():
+        if store.exists() and (not store.is_dir() or any(not p.name.startswith(".") for p in store.iterdir())):
+            raise ValueError(f"store={str(store)!r} holds something else than lattices: name a folder of its own")
+        with new_file(path) as temporary:
+            temporary.write_text(json.dumps(key, indent=1))
+        return
+    try:
+        there = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: remove the folder and make the lattices again") from error
+    apart = [f"{name}={there.get(name)}, now {key.get(name)}" for name in sorted({*there, *key})
+             if there.get(name) != key.get(name)]  # fmt: skip
+    if apart:
+        raise ValueError(
+            f"store={str(store)!r} holds lattices made with {'; '.join(apart)}: name another folder, or remove this one"
+        )
+
+
+def _finished(store: Path) -> tuple[set[str], int]:
+    """The utterances in the store, and the number of the next shard. What is damaged is removed."""
+    done: set[str] = set()
+    number = 0
+    for path in _shards(store):
+        try:
+            contents = _read_contents(path, check=True)
+        except ValueError as error:
+            logger.warning("%s", error)
+            path.unlink(missing_ok=True)
+            continue
+        done.update(entry.id for entry in contents.entries)
+        done.update(contents.skipped)
+        number = max(number, int(path.stem.rpartition("-")[2]) + 1)
+    return done, number
