@@ -21,11 +21,11 @@ from quadric.optim.sampling import Sizes
 from quadric.recipes import RECIPES
 from quadric.train.console import bar
 from quadric.train.flat_start import flat_start
-from quadric.train.pipeline import choose_units
 from quadric.train.prepare import prepare
 from quadric.train.recipe import Network
 from quadric.train.stages import Stages, alone_in
 from quadric.train.trainer import evaluate
+from quadric.train.units import choose_units
 
 
 class Speech:

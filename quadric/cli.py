@@ -1,4 +1,4 @@
-"""The command line: ``quadric train``, ``decode``, ``score`` and ``report``."""
+"""The command line: ``quadric train``, ``align``, ``lattice``, ``decode``, ``score`` and ``report``."""
 
 from __future__ import annotations
 
@@ -22,14 +22,17 @@ from quadric.comm.collective import Collective
 from quadric.comm.communicator import Communicator, FirstFailed
 
 try:
+    from quadric.lattice.generate import LatticeOptions
     from quadric.progress import silent
     from quadric.recipes import RECIPES
-    from quadric.speech.corpus import read_data_dir
+    from quadric.speech.corpus import Corpus, read_data_dir
     from quadric.speech.scoring import read_text, score
     from quadric.train.console import bar, logged
     from quadric.train.decode import check_output, decode_directory
+    from quadric.train.directory import align_directory, lattice_directory
+    from quadric.train.finished import report
     from quadric.train.overrides import absent_options, convert, options, override
-    from quadric.train.pipeline import report, run
+    from quadric.train.pipeline import run
     from quadric.train.recipe import PAPER_NETWORKS, Job
     from quadric.train.stages import plain
     from quadric.train.trainer import Interrupted
@@ -39,18 +42,21 @@ except ModuleNotFoundError as missing:
     sys.exit(f"quadric: {missing.name} is not installed: pip install 'quadric[speech]'")
 
 
+_ON_DATA = {
+    'on_mismatch="drop"': "--drop-mismatched",
+    "allow_commands=True": "--allow-commands",
+    "root=PATH": "--root PATH",
+    "out=": "--out ",
+}
+
 _HERE = {
     "train": {
         'on_bad_audio="drop"': "on_bad_audio=drop",
         ", or pass allow_missing_text=True to read it without words": "",
     },
-    "decode": {
-        'on_bad_audio="drop"': "--drop-bad-audio",
-        'on_mismatch="drop"': "--drop-mismatched",
-        "allow_commands=True": "--allow-commands",
-        "root=PATH": "--root PATH",
-        "out=": "--out ",
-    },
+    "decode": _ON_DATA | {'on_bad_audio="drop"': "--drop-bad-audio"},
+    "align": _ON_DATA,
+    "lattice": _ON_DATA | {"lattice_beam=": "--lattice-beam ", "max_active=": "--max-active ", "beam=": "--beam "},
     "score": {"on_missing='count'": "--count-missing"},
     "report": {},
 }
@@ -122,21 +128,46 @@ def _parser() -> argparse.ArgumentParser:
         help="recognise a data directory with a trained system",
         description="Writes the words recognised in a Kaldi data directory, and their errors if it has transcripts.",
     )
-    decode.add_argument("system", type=Path, help="a trained system, such as exp/digits/adamw/system")
-    decode.add_argument("data", type=Path, help="a Kaldi data directory")
-    decode.add_argument(
-        "--out", type=Path, required=True, help="folder for text, per_utt, per_spk, hyp.trn, ref.trn, hyp.ctm"
-    )
+    _add_data(decode, "folder for text, per_utt, per_spk, hyp.trn, ref.trn, hyp.ctm")
     decode.add_argument("--lm-weight", type=float, help="language-model weight (default: the system's)")
     decode.add_argument("--word-penalty", type=float, help="cost of a word, in nats (default: the system's)")
-    decode.add_argument("--allow-commands", action="store_true", help="run the shell commands of wav.scp")
-    decode.add_argument("--root", type=Path, help="folder that relative paths in the data start from (default: found)")
-    decode.add_argument(
-        "--drop-mismatched", action="store_true", help="leave out utterances that are not in every table"
-    )
     decode.add_argument("--drop-bad-audio", action="store_true", help="leave out what is missing or damaged")
-    decode.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
     decode.set_defaults(command=_decode, name="decode")
+
+    align = commands.add_parser(
+        "align",
+        help="find which state sounds when in a data directory, by a trained system",
+        description="Aligns the transcripts of a Kaldi data directory. An utterance that cannot be aligned is left "
+        "out, counted, and named with the reason in OUT/left_out.",
+    )
+    _add_data(align, "folder for ali.ark (a pdf a frame), phones.ctm, words.ctm, left_out")
+    align.set_defaults(command=_align, name="align")
+
+    lattice = commands.add_parser(
+        "lattice",
+        help="make lattices of a data directory, by a trained system",
+        description="Makes state-level lattices of a Kaldi data directory, and tells how few errors their best paths "
+        "make. Run again, it goes on where it stopped. An utterance without a lattice is left out, counted, and named "
+        "with the reason in OUT/left_out.",
+    )
+    _add_data(lattice, "folder for lattices, left_out, and Kaldi's lat.ark, final.mdl, words.txt")
+    defaults = LatticeOptions()
+    lattice.add_argument(
+        "--beam", type=float, default=defaults.beam, help="of the search, in nats (default: %(default)s)"
+    )
+    lattice.add_argument(
+        "--lattice-beam", type=float, default=defaults.lattice_beam,
+        help="paths that are worse than the best by more are left out (default: %(default)s)",
+    )  # fmt: skip
+    lattice.add_argument(
+        "--max-active", type=int, default=defaults.max_active, help="states a frame at most (default: %(default)s)"
+    )
+    lattice.add_argument("--arpa", type=Path, help="language model of the lattices (default: the system's)")
+    lattice.add_argument("--lm-weight", type=float, help="language-model weight (default: the system's)")
+    lattice.add_argument(
+        "--archive", choices=["none", "binary", "text"], default="none", help="write Kaldi's lattices as well"
+    )
+    lattice.set_defaults(command=_lattice, name="lattice")
 
     scoring = commands.add_parser(
         "score",
@@ -153,6 +184,19 @@ def _parser() -> argparse.ArgumentParser:
     again.add_argument("work", type=Path, help="a working folder, such as exp/digits")
     again.set_defaults(command=_report, name="report")
     return parser
+
+
+def _add_data(command: argparse.ArgumentParser, out: str) -> None:
+    """The arguments of a command that has a trained system work on a data directory."""
+    command.add_argument("system", type=Path, help="a trained system, such as exp/digits/adamw/system")
+    command.add_argument("data", type=Path, help="a Kaldi data directory")
+    command.add_argument("--out", type=Path, required=True, help=out)
+    command.add_argument("--allow-commands", action="store_true", help="run the shell commands of wav.scp")
+    command.add_argument("--root", type=Path, help="folder that relative paths in the data start from (default: found)")
+    command.add_argument(
+        "--drop-mismatched", action="store_true", help="leave out utterances that are not in every table"
+    )
+    command.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
 
 
 def _recipes() -> str:
@@ -262,15 +306,47 @@ def _sentence(error: Exception, here: Mapping[str, str]) -> str:
     return message
 
 
-def _decode(chosen: argparse.Namespace) -> None:
+def _corpus(chosen: argparse.Namespace) -> Corpus:
+    """The data directory of a command."""
     check_output(chosen.out)
-    corpus = read_data_dir(
+    return read_data_dir(
         chosen.data,
         root=chosen.root,
         allow_commands=chosen.allow_commands,
         allow_missing_text=True,
         on_mismatch="drop" if chosen.drop_mismatched else "error",
     )
+
+
+def _align(chosen: argparse.Namespace) -> None:
+    corpus = _corpus(chosen)
+    with logged(chosen.out / "log"):
+        lines = align_directory(chosen.system, corpus, chosen.out, jobs=chosen.jobs, progress=bar)
+    for line in lines:
+        print(line)
+
+
+def _lattice(chosen: argparse.Namespace) -> None:
+    options = LatticeOptions(chosen.beam, chosen.lattice_beam, chosen.max_active)
+    corpus = _corpus(chosen)
+    with logged(chosen.out / "log"):
+        lines = lattice_directory(
+            chosen.system,
+            corpus,
+            chosen.out,
+            options=options,
+            arpa=chosen.arpa,
+            lm_weight=chosen.lm_weight,
+            archive=chosen.archive,
+            jobs=chosen.jobs,
+            progress=bar,
+        )
+    for line in lines:
+        print(line)
+
+
+def _decode(chosen: argparse.Namespace) -> None:
+    corpus = _corpus(chosen)
     with logged(chosen.out / "log"):
         lines = decode_directory(
             chosen.system,

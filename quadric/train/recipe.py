@@ -17,6 +17,7 @@ from quadric.speech.features import Fbank
 from quadric.speech.gaussian import GaussianBootstrap
 from quadric.speech.normalisation import Normalisation
 from quadric.speech.tree import TreeOptions
+from quadric.train.criterion import SequenceTraining
 from quadric.train.method import NGHF, FirstOrder, HessianFree, Method, NaturalGradient
 from quadric.train.rules import ALL_FINITE, ALL_POSITIVE, NOT_NEGATIVE, POSITIVE, WINDOW, check
 from quadric.train.sources import Source
@@ -179,6 +180,7 @@ class Job:
         chunk: frames of the windows that minibatches are made of.
         first_order, hessian_free, natural_gradient, nghf: the trainings to compare, each from the same start; None:
             leave it out.
+        sequence: trainings by a sequence criterion, from one of these on; None: leave them out.
         decoding: of dev and test.
         autocast: compute matrix products in bfloat16.
         seed: of everything random.
@@ -210,6 +212,7 @@ class Job:
     hessian_free: HessianFree | None = field(default_factory=HessianFree)
     natural_gradient: NaturalGradient | None = None
     nghf: NGHF | None = None
+    sequence: SequenceTraining | None = None
     decoding: Decoding = field(default_factory=Decoding)
     autocast: bool = False
     seed: int = 0
@@ -226,6 +229,10 @@ class Job:
             raise ValueError(f"name={self.name!r}: must be the plain name of a folder")
         if not self.methods:
             raise ValueError("first_order, hessian_free, natural_gradient, nghf are all none: leave one in at least")
+        if self.sequence is not None and self.sequence.start not in (None, *self.methods):
+            raise ValueError(
+                f"sequence.start={self.sequence.start}: no such training; choose one of {', '.join(self.methods)}"
+            )
 
     @property
     def methods(self) -> dict[str, Method]:

@@ -32,7 +32,7 @@ from quadric.train.stages import plain
 
 
 class Likelihoods(Mapping[str, np.ndarray]):
-    """log p(x | pdf) up to a constant per frame, for every utterance, computed when it is asked for.
+    """log p(x | pdf) up to a constant per frame, times a scale, for every utterance, computed when it is asked for.
 
     A hybrid system scores a frame with log p(pdf | x) - log p(pdf).
 
@@ -41,6 +41,7 @@ class Likelihoods(Mapping[str, np.ndarray]):
         features: utterance id -> float32 [T, D].
         log_prior: [C].
         autocast: compute matrix products in bfloat16.
+        scale: the acoustic scale.
     """
 
     def __init__(
@@ -50,19 +51,26 @@ class Likelihoods(Mapping[str, np.ndarray]):
         log_prior: Float[np.ndarray, " C"],
         *,
         autocast: bool = False,
+        scale: float = 1.0,
     ) -> None:
         self._model = model.eval()
         self._features = features
         self._device = next(model.parameters()).device
         self._log_prior = torch.as_tensor(log_prior, dtype=torch.float32, device=self._device)
-        self._autocast = autocast
+        self._autocast, self._scale = autocast, scale
 
     def __getitem__(self, id: str) -> Float32[np.ndarray, "T C"]:
+        return (self._scale * log_likelihoods(self._logits(id), self._log_prior)).cpu().numpy()
+
+    def posteriors(self, id: str) -> Float[torch.Tensor, "T C"]:
+        """p(pdf | x) of the frames of an utterance."""
+        return torch.softmax(self._logits(id), -1).cpu()
+
+    def _logits(self, id: str) -> Float[torch.Tensor, "T C"]:
         window = pad_context(self._features[id], self._model.left_context, self._model.right_context)
         inputs = torch.from_numpy(np.ascontiguousarray(window)).unsqueeze(0).to(self._device)
         with torch.no_grad(), torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._autocast):
-            logits = self._model(inputs)[0].float()
-        return log_likelihoods(logits, self._log_prior).cpu().numpy()
+            return self._model(inputs)[0].float()
 
     def __contains__(self, id: object) -> bool:
         return id in self._features
@@ -124,9 +132,11 @@ class System:
                 f"lm_weight={self.lm_weight} must be positive, and word_penalty={self.word_penalty} a number"
             )
 
-    def likelihoods(self, features: Mapping[str, np.ndarray], *, autocast: bool = False) -> Likelihoods:
-        """Scores for decoding and alignment."""
-        return Likelihoods(self.model, features, self.log_prior, autocast=autocast)
+    def likelihoods(
+        self, features: Mapping[str, np.ndarray], *, autocast: bool = False, scale: float = 1.0
+    ) -> Likelihoods:
+        """Scores for decoding and alignment, and with the acoustic scale for lattices."""
+        return Likelihoods(self.model, features, self.log_prior, autocast=autocast, scale=scale)
 
     def decoder(self, *, jobs: int) -> Decoder:
         """The search over this system's graph."""

@@ -10,8 +10,8 @@ pytest.importorskip("numba", reason="needs the speech extra")
 from quadric.lattice.generate import Generator, LatticeOptions, NoPath
 from quadric.lattice.lattice import Lattice
 from quadric.lattice.words import best_words, oracle_errors
-from reference.searches import lattice_paths, random_graph, score
 from reference.levenshtein import edit_distance
+from reference.searches import lattice_paths, random_graph, score
 
 
 def random_lattice(rng: np.random.Generator, frames: int) -> Lattice | None:

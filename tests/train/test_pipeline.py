@@ -33,10 +33,11 @@ from quadric.speech.synthesis import DIGIT_LEXICON
 from quadric.speech.topology import Tying, monophone
 from quadric.train import checkpoint
 from quadric.train.decode import decode_directory
+from quadric.train.finished import report
 from quadric.train.flat_start import flat_start
 from quadric.train.metrics import MetricsLog
 from quadric.train.overrides import override
-from quadric.train.pipeline import report, run
+from quadric.train.pipeline import run
 from quadric.train.prepare import prepare
 from quadric.train.recipe import Job, Network
 from quadric.train.stages import Stages

@@ -36,17 +36,17 @@ from quadric.speech.features import Fbank
 from quadric.speech.normalisation import Normalisation
 from quadric.speech.scoring import read_text
 from quadric.speech.topology import Tying, monophone
-from quadric.train import checkpoint, pipeline
+from quadric.train import checkpoint, finished, pipeline, training
 from quadric.train.flat_start import Aligned
 from quadric.train.method import NGHF, FirstOrder, HessianFree, Method, NaturalGradient
 from quadric.train.metrics import MetricsLog
-from quadric.train.pipeline import Units
 from quadric.train.plan import Plan
 from quadric.train.prepare import Prepared
 from quadric.train.recipe import Decoding, Job, Network
 from quadric.train.stages import Stages
 from quadric.train.system import Front
 from quadric.train.trainer import Trainer
+from quadric.train.units import Units
 from reference.toy_language import LEXICON, triphone
 
 pytestmark = pytest.mark.speech
@@ -152,21 +152,21 @@ class Untrained:
 def test_a_training_is_given_all_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: Method) -> None:
     streams: list[dict[str, Any]] = []
     trainings: list[dict[str, Any]] = []
-    monkeypatch.setattr(pipeline, "FrameStream", recording(FrameStream, streams, FrameStream))
-    monkeypatch.setattr(pipeline, "Trainer", recording(Trainer, trainings, Untrained))
+    monkeypatch.setattr(training, "FrameStream", recording(FrameStream, streams, FrameStream))
+    monkeypatch.setattr(training, "Trainer", recording(Trainer, trainings, Untrained))
     chosen, (ready, units) = job(), prepared()
     for name in ("network", "augment", "chunk", "autocast", "seed"):
         assert getattr(chosen, name) != defaults(Job)[name]
     alone = Solo()
-    folder = pipeline._trained(chosen, "a name", method, ready, units, Stages(tmp_path), silent, alone)
-    (training,), (train, held_out) = trainings, streams
+    folder = training.trained(chosen, "a name", method, ready, units, Stages(tmp_path), silent, alone)
+    (made,), (train, held_out) = trainings, streams
 
     torch.manual_seed(chosen.seed)
     model = chosen.network.build(4, MONO.num_pdfs)
     assert np.ptp(units.log_prior) > 0.5
     model.initialise_output_bias(torch.from_numpy(units.log_prior))
-    assert training["model"].state_dict().keys() == model.state_dict().keys()
-    for key, value in training["model"].state_dict().items():
+    assert made["model"].state_dict().keys() == model.state_dict().keys()
+    for key, value in made["model"].state_dict().items():
         assert torch.equal(value, model.state_dict()[key]), key
 
     seen = {
@@ -186,14 +186,14 @@ def test_a_training_is_given_all_it_is_told(tmp_path: Path, monkeypatch: pytest.
 
     plan = Plan(method.epochs, method.sampler, autocast=True, seed=11, patience=method.patience)
     assert method.patience
-    assert training["plan"] == plan and training["folder"] == folder and folder.name.startswith("a name-")
-    assert training["communicator"] is alone
-    assert isinstance(training["loss"], CrossEntropy) and training["schedule"] == method.schedule
-    assert type(training["optimizer"]) is type(method.build(model.parameters()))
-    stepped = [p for group in training["optimizer"].param_groups for p in group["params"]]
-    assert list(map(id, stepped)) == list(map(id, training["model"].parameters()))
-    assert training["stream"].total_frames == sum(map(len, units.train.values()))
-    assert training["held_out"].total_frames == sum(map(len, units.dev.values()))
+    assert made["plan"] == plan and made["folder"] == folder and folder.name.startswith("a name-")
+    assert made["communicator"] is alone
+    assert isinstance(made["loss"], CrossEntropy) and made["schedule"] == method.schedule
+    assert type(made["optimizer"]) is type(method.build(model.parameters()))
+    stepped = [p for group in made["optimizer"].param_groups for p in group["params"]]
+    assert list(map(id, stepped)) == list(map(id, made["model"].parameters()))
+    assert made["stream"].total_frames == sum(map(len, units.train.values()))
+    assert made["held_out"].total_frames == sum(map(len, units.dev.values()))
 
 
 @pytest.mark.parametrize(
@@ -209,10 +209,10 @@ def test_a_training_is_given_all_it_is_told(tmp_path: Path, monkeypatch: pytest.
 def test_a_training_told_otherwise_is_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, other: object
 ) -> None:
-    monkeypatch.setattr(pipeline, "Trainer", Untrained)
+    monkeypatch.setattr(training, "Trainer", Untrained)
     (ready, units), stages = prepared(), Stages(tmp_path)
     first, again, changed = (
-        pipeline._trained(chosen, "name", FIRST_ORDER, ready, units, stages, silent)
+        training.trained(chosen, "name", FIRST_ORDER, ready, units, stages, silent)
         for chosen in (job(), job(), replace(job(), **{part: other}))
     )
     assert first == again != changed
@@ -289,13 +289,13 @@ def test_natural_methods_default_to_those_of_the_library(kind: type[NaturalGradi
 
 
 def test_the_report_notes_why_a_training_ended_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "_scores", lambda folder: {})
+    monkeypatch.setattr(finished, "scores", lambda folder: {})
     checkpoint.save({"model": {"w": torch.zeros(3)}, "update": 40, "loss": 1.25}, tmp_path / "model.pt")
     log = MetricsLog(tmp_path / "metrics.jsonl")
     log.append({"update": 40, "seconds": 2.0, "dev_loss": 1.25})
-    assert pipeline._run_of("sgd", tmp_path).notes == "lowest held-out loss 1.2500 after update 40"
+    assert finished._run_of("sgd", tmp_path).notes == "lowest held-out loss 1.2500 after update 40"
     log.append({"update": 60, "seconds": 3.0, "dev_loss": 1.5, "ended": "no lower held-out loss in 3 looks"})
-    run = pipeline._run_of("sgd", tmp_path)
+    run = finished._run_of("sgd", tmp_path)
     assert run.notes == "lowest held-out loss 1.2500 after update 40; no lower held-out loss in 3 looks"
     assert (run.updates, run.parameters) == (60, 3)
 
@@ -318,13 +318,13 @@ def test_a_realignment_is_by_the_trained_network(tmp_path: Path, monkeypatch: py
         split: {id: rng.integers(0, tri.num_pdfs, len(rows)).astype(np.int32) for id, rows in features.items()}
         for split, features in (("train", ready.features["train"]), ("dev", ready.features["dev"]))
     }
-    monkeypatch.setattr(pipeline, "_trained", recording(pipeline._trained, trainings, lambda *_: trained))
-    monkeypatch.setattr(pipeline, "viterbi", recording(pipeline.viterbi, alignments, lambda *_: pdfs))
+    monkeypatch.setattr(training, "trained", recording(training.trained, trainings, lambda *_: trained))
+    monkeypatch.setattr(training, "viterbi", recording(training.viterbi, alignments, lambda *_: pdfs))
     before = Aligned(MONO, {"train00": np.zeros(20, np.int32)}, {"dev00": np.zeros(20, np.int32)})
-    after = pipeline._realigned(chosen, FIRST_ORDER, ready, before, units, Stages(tmp_path), silent)
+    after = training.realigned(chosen, FIRST_ORDER, ready, before, units, Stages(tmp_path), silent)
 
-    (training,), (alignment,) = trainings, alignments
-    assert training["method"] is FIRST_ORDER and training["name"] == "realign" and training["units"] is units
+    (made,), (alignment,) = trainings, alignments
+    assert made["method"] is FIRST_ORDER and made["name"] == "realign" and made["units"] is units
     assert (alignment["job"], alignment["prepared"], alignment["tying"]) == (chosen, ready, tri)
     model = alignment["model"]
     assert not model.training
@@ -395,7 +395,7 @@ def test_the_weights_with_the_fewest_errors_are_taken(tmp_path: Path) -> None:
     autocast, *decoded = system.calls
     assert autocast is True
     assert set(decoded) == {(decoder, tuple(u.id for u in dev.utterances[::2]))}
-    sweep = pipeline._sweep_of("a name", tmp_path)
+    sweep = finished._sweep_of("a name", tmp_path)
     assert sweep.chosen == (6.0, 1.0)
     assert len(sweep.errors) == len(decoded) >= 5
     for pair, errors in sweep.errors.items():
@@ -408,9 +408,9 @@ def test_the_errors_reported_are_those_of_what_was_recognised(tmp_path: Path) ->
     words = {u.id: u.words for u in spoken}
     words |= {"test01": ("A",), "test02": ("A", "A"), "test03": ("A", "B", "B"), "test05": ()}
     for split in ("dev", "test"):
-        pipeline.scoring.write_text(tmp_path / split / "text", words)
+        finished.scoring.write_text(tmp_path / split / "text", words)
         pipeline.write_decoded(tmp_path / split, spoken, words)
-    score = pipeline._scores(tmp_path)["test"]
+    score = finished.scores(tmp_path)["test"]
     total = score.total
     assert (total.words, total.insertions, total.deletions, total.substitutions) == (12, 1, 3, 1)
     assert (tmp_path / "test" / "wer").read_text().splitlines()[0] == "%WER 41.67 [ 5 / 12, 1 ins, 3 del, 1 sub ]"

@@ -1,0 +1,217 @@
+"""The paper's table: sequence training by every optimiser, each architecture from its own cross-entropy network.
+
+    python benchmarks/sequence.py an4 data=PATH/an4_mfcc --networks tdnn lstm [--criterion mpe] [--work exp/sequence]
+
+For each network: training by cross-entropy, its lattices, and from there every method with every setting of its grid
+(``GRIDS``; `--methods` chooses). A setting is chosen by its errors on dev, with the decoding weights that are best for
+it; test is read for the chosen one. `OPTION=VALUE` goes to the recipe, as in ``quadric train``.
+
+Columns: updates and seconds to the end and to the parameters that were kept; iterations of conjugate gradients an
+update; the criterion on dev (sequence accuracy for MPE and sMBR); word error rate on dev and on test; and the
+difference on dev and test together to the better of SGD and Adam, with its 95 % interval of a paired bootstrap over
+speakers and the probability of an improvement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from common import Table
+from quadric.cli import make_job
+from quadric.speech import scoring
+from quadric.speech.scoring import Comparison, Score
+from quadric.train import checkpoint
+from quadric.train.console import bar
+from quadric.train.finished import scores
+from quadric.train.metrics import MetricsLog
+from quadric.train.pipeline import run
+
+Grid = Mapping[str, Sequence[object]]
+
+GRIDS: dict[str, Grid] = {
+    "sgd": {"lr": (3e-3, 1e-2, 3e-2, 1e-1)},
+    "adam": {"lr": (3e-6, 1e-5, 3e-5, 1e-4)},
+    "natural_gradient": {"iterations": (8,)},
+    "hessian_free": {"damping": (0.1,)},
+    "nghf": {"iterations": (8,)},
+}
+"""Of every method the options that are searched, and the values that are tried."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One training and what it reached.
+
+    Attributes:
+        setting: of its grid.
+        folder: of the training.
+        scores: on dev and test.
+        log: its records.
+        kept: the record of the parameters that were kept.
+    """
+
+    setting: Mapping[str, object]
+    folder: Path
+    scores: Mapping[str, Score]
+    log: Sequence[Mapping[str, Any]]
+    kept: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, folder: Path, setting: Mapping[str, object]) -> Trained:
+        folder = folder.resolve()
+        log = MetricsLog(folder / "metrics.jsonl").records()
+        return cls(setting, folder, scores(folder / "decoded"), log, checkpoint.load(folder / "model.pt"))
+
+    @property
+    def errors(self) -> int:
+        """On dev, by which a setting is chosen."""
+        return self.scores["dev"].total.errors
+
+    def row(self) -> dict[str, Any]:
+        """Numbers for the table."""
+        steps = [record["solver_steps"] for record in self.log if "solver_steps" in record]
+        return {
+            **self.setting,
+            "updates": self.log[-1]["update"],
+            "seconds": self.log[-1]["seconds"],
+            "kept_updates": self.kept["update"],
+            "kept_seconds": self.kept["seconds"],
+            "iterations": sum(steps) / len(steps) if steps else None,
+            "dev_loss": self.kept["loss"],
+            "dev_accuracy": self.kept.get("accuracy"),
+            **{split: score.total.line for split, score in self.scores.items()},
+            "folder": str(self.folder),
+        }
+
+
+def main() -> None:
+    chosen = _arguments()
+    logging.basicConfig(level=logging.INFO if chosen.verbose else logging.WARNING)
+    columns = (
+        "network",
+        "training",
+        "setting",
+        "updates",
+        "seconds",
+        "iterations",
+        "dev accuracy",
+        "dev",
+        "test",
+        "to SGD and Adam",
+    )
+    table = Table(columns, chosen.json)
+    for network in chosen.networks:
+        _one_network(network, chosen, table)
+
+
+def _one_network(network: str, chosen: argparse.Namespace, table: Table) -> None:
+    base = [f"name={chosen.recipe}-{network}", *NETWORKS[network], *chosen.options]
+    work = chosen.work / f"{chosen.recipe}-{network}"
+    cross_entropy = _train(chosen, base, work, None, {}, "adamw")
+    _add(table, network, "cross-entropy", cross_entropy, None)
+    best: dict[str, Trained] = {}
+    for method in chosen.methods:
+        tried = []
+        for setting in _settings(GRIDS[method]):
+            trained = _train(chosen, base, work, method, setting, f"{chosen.criterion}_{_NAMES[method]}")
+            table.rows.append({"network": network, "training": method, "tried": True, **trained.row()})
+            tried.append(trained)
+        best[method] = min(tried, key=lambda trained: trained.errors)
+        first_order = [best[name] for name in ("sgd", "adam") if name in best]
+        rival = min(first_order, key=lambda trained: trained.errors) if first_order else cross_entropy
+        _add(table, network, method, best[method], _compare(rival, best[method]))
+
+
+NETWORKS: dict[str, list[str]] = {
+    "dnn": ["network.kind=dnn", "network.sizes=[384,384,384,384,384]"],
+    "tdnn": ["network.kind=tdnn"],
+    "rnn": ["network.kind=rnn", "network.sizes=[128,128]"],
+    "lstm": ["network.kind=lstm", "network.sizes=[128,128]"],
+}
+"""Sizes for two cores; the paper's are `--options` away."""
+
+_NAMES = {"sgd": "sgdperutterance"}
+
+
+def _train(
+    chosen: argparse.Namespace,
+    base: Sequence[str],
+    work: Path,
+    method: str | None,
+    setting: Mapping[str, object],
+    name: str,
+) -> Trained:
+    options = list(base)
+    if method is not None:
+        others = [other for other in GRIDS if other != method]
+        options += [f"sequence.criterion.kind={chosen.criterion}", *(f"sequence.{other}=none" for other in others)]
+        options += [f"sequence.{method}.{key}={value}" for key, value in setting.items()]
+    run(make_job(chosen.recipe, options), work, progress=bar)
+    return Trained.of(work / name, setting)
+
+
+def _settings(grid: Grid) -> Iterator[dict[str, object]]:
+    for values in product(*grid.values()):
+        yield dict(zip(grid, values, strict=True))
+
+
+def _add(table: Table, network: str, training: str, trained: Trained, comparison: Comparison | None) -> None:
+    row = trained.row()
+    compared = ""
+    if comparison is not None:
+        row |= {"difference": comparison.difference, "low": comparison.low, "high": comparison.high,
+                "probability": comparison.probability}  # fmt: skip
+        interval = f"[{comparison.low:+.2f}, {comparison.high:+.2f}]"
+        compared = f"{comparison.difference:+.2f} {interval}, {comparison.probability:.3f}"
+    accuracy = row["dev_accuracy"]
+    cells = (
+        network,
+        training,
+        ", ".join(f"{key} {value}" for key, value in trained.setting.items()),
+        f"{row['kept_updates']:,} of {row['updates']:,}",
+        f"{row['kept_seconds']:,.0f} of {row['seconds']:,.0f}",
+        "" if row["iterations"] is None else f"{row['iterations']:.1f}",
+        "" if accuracy is None else f"{100 * accuracy:.2f} %",
+        row["dev"],
+        row["test"],
+        compared,
+    )
+    table.add({"network": network, "training": training, **row}, cells)
+
+
+def _compare(first: Trained, second: Trained) -> Comparison:
+    """On dev and test together, speakers resampled."""
+    return scoring.paired_bootstrap(_pooled(first), _pooled(second))
+
+
+def _pooled(trained: Trained) -> Score:
+    """The score of both sets as one."""
+    said, heard, speakers = {}, {}, {}
+    for split in ("dev", "test"):
+        folder = trained.folder / "decoded" / split
+        for kept, name in ((said, "ref"), (heard, "text"), (speakers, "utt2spk")):
+            kept |= {f"{split}-{id}": words for id, words in scoring.read_text(folder / name).items()}
+    return scoring.score(said, heard, speakers={id: speaker[0] for id, speaker in speakers.items()})
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe")
+    parser.add_argument("options", nargs="*", metavar="OPTION=VALUE")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--methods", nargs="+", choices=GRIDS, default=list(GRIDS))
+    parser.add_argument("--criterion", choices=["mmi", "mpe", "smbr"], default="mpe")
+    parser.add_argument("--work", type=Path, default=Path("exp/sequence"), help="folder of working folders")
+    parser.add_argument("--json", type=Path, help="file for the rows, those of settings that were not chosen as well")
+    parser.add_argument("--verbose", action="store_true")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""The options of sequence training: the criterion, what the reference competes with, and the trainings to compare."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.optim import Optimizer
+
+from quadric.lattice.generate import LatticeOptions
+from quadric.loss.sequence import MMI, MPE, SMBR
+from quadric.loss.sequence_loss import Options, SequenceLoss
+from quadric.loss.sequence_target import OutputCurvature
+from quadric.train.method import NGHF, FirstOrder, HessianFree, Method, NaturalGradient
+from quadric.train.rules import NONE_OR_POSITIVE, NOT_NEGATIVE, POSITIVE, SHARE, check
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """What is trained for.
+
+    Attributes:
+        kind: ``"mmi"`` the posterior of the reference, ``"mpe"`` the expected accuracy of phones, ``"smbr"`` that of
+            states.
+        scale: kappa, of the acoustic scores; None: that of decoding, one over the language-model weight.
+        boost: of MMI: how much paths gain, in nats, for every wrong frame.
+        accuracy: of MPE: ``"approximate"`` by overlap, ``"exact"`` by edit distance, ``"frame"`` by frame.
+        one_silence_class: of sMBR: any state of silence is right for any other; if not, silence is never right.
+        smoothing: the share of cross-entropy in the objective.
+        anchor: times the divergence from the network that the training starts from is added.
+        curvature: of the criterion in output space, see `quadric.loss.sequence.OutputCurvature`.
+        fisher: the empirical Fisher matrix by ``"frame"`` or by ``"utterance"``.
+    """
+
+    kind: Literal["mmi", "mpe", "smbr"] = "smbr"
+    scale: float | None = None
+    boost: float = 0.0
+    accuracy: Literal["approximate", "exact", "frame"] = "approximate"
+    one_silence_class: bool = True
+    smoothing: float = 0.0
+    anchor: float = 0.0
+    curvature: Literal["same_frame", "printed", "surrogate", "lattice"] = "same_frame"
+    fisher: Literal["frame", "utterance"] = "frame"
+
+    def __post_init__(self) -> None:
+        check(self, scale=NONE_OR_POSITIVE, boost=NOT_NEGATIVE, smoothing=SHARE, anchor=NOT_NEGATIVE)
+        if self.boost and self.kind != "mmi":
+            raise ValueError(f"boost={self.boost}: only mmi is boosted; kind is {self.kind}")
+
+    def loss(self, log_prior: Float[Tensor, " C"], scale: float, jobs: int) -> SequenceLoss:
+        """The loss over outputs whose first phone is silence, at the acoustic ``scale``."""
+        options: Options = {
+            "scale": scale,
+            "smoothing": self.smoothing,
+            "anchor": self.anchor,
+            "curvature": OutputCurvature[self.curvature.upper()],
+            "fisher": self.fisher,
+            "jobs": jobs,
+        }
+        if self.kind == "mmi":
+            return MMI(log_prior, boost=self.boost, silence_phones=(0,), **options)
+        if self.kind == "mpe":
+            return MPE(log_prior, accuracy=self.accuracy, silence_phones=(0,), **options)
+        return SMBR(log_prior, silence_phones=(0,), one_silence_class=self.one_silence_class, **options)
+
+
+@dataclass(frozen=True)
+class Competitors:
+    """What the references compete with.
+
+    Attributes:
+        lattice: how wide the lattices are.
+        lm_order: of the language model of the lattices; a weak one leaves more to compete.
+        missing: ``"add"`` a reference that is not in its lattice, or ``"skip"`` the utterance.
+        all_speeds: use the copies of the training set at other speeds as well.
+    """
+
+    lattice: LatticeOptions = field(default_factory=LatticeOptions)
+    lm_order: int = 1
+    missing: Literal["add", "skip"] = "add"
+    all_speeds: bool = False
+
+    def __post_init__(self) -> None:
+        check(self, lm_order=POSITIVE)
+
+
+@dataclass(frozen=True)
+class PerUtterance(FirstOrder):
+    """First-order training with an update for every utterance; the options are those of `FirstOrder`."""
+
+    epochs: float = 4.0
+    gradient_frames: int = 1
+    weight_decay: float | None = 0.0
+    warmup: float = 0.0
+
+
+@dataclass(frozen=True)
+class SGDPerUtterance(PerUtterance):
+    """The same by stochastic gradient descent."""
+
+    optimizer: type[Optimizer] = torch.optim.SGD
+    lr: float = 1e-2
+
+
+@dataclass(frozen=True)
+class AdamPerUtterance(PerUtterance):
+    """The same by Adam."""
+
+    optimizer: type[Optimizer] = torch.optim.Adam
+    lr: float = 1e-5
+
+
+@dataclass(frozen=True)
+class SequenceTraining:
+    """Training from a network trained by cross-entropy on, by a sequence criterion.
+
+    Attributes:
+        criterion: what is trained for.
+        competitors: what the references compete with.
+        start: name of the training that it starts from; None: the first.
+        dropout: probability of dropping a hidden unit.
+        sgd, adam, hessian_free, natural_gradient, nghf: the trainings to compare, each from the same start; None: leave
+            it out. A training is named by criterion and optimiser: ``smbr_nghf``.
+    """
+
+    criterion: Criterion = field(default_factory=Criterion)
+    competitors: Competitors = field(default_factory=Competitors)
+    start: str | None = None
+    dropout: float = 0.0
+    sgd: SGDPerUtterance | None = None
+    adam: AdamPerUtterance | None = None
+    hessian_free: HessianFree | None = None
+    natural_gradient: NaturalGradient | None = None
+    nghf: NGHF | None = field(default_factory=NGHF)
+
+    def __post_init__(self) -> None:
+        check(self, dropout=SHARE)
+        if not self.methods:
+            raise ValueError("sgd, adam, hessian_free, natural_gradient, nghf are all none: leave one in at least")
+
+    @property
+    def methods(self) -> dict[str, Method]:
+        """The trainings that are not left out, by name."""
+        chosen: tuple[Method | None, ...] = (
+            self.sgd, self.adam, self.hessian_free, self.natural_gradient, self.nghf,
+        )  # fmt: skip
+        return {f"{self.criterion.kind}_{method.name}": method for method in chosen if method is not None}

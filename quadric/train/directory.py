@@ -1,0 +1,199 @@
+"""A trained system at work on a Kaldi data directory, beside decoding it: alignments and lattices.
+
+An utterance that cannot be done is left out, counted, and named with the reason in the file ``left_out``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from quadric.files import new_file
+from quadric.lattice.generate import LatticeOptions
+from quadric.lattice.words import oracle_errors
+from quadric.progress import Progress, silent
+from quadric.speech.alignment import ForcedAlignment, align, save_alignments
+from quadric.speech.corpus import Corpus
+from quadric.speech.ctm import phone_tokens, word_segments, word_tokens, write_ctm
+from quadric.speech.graph import decoding_graph, read_graph, to_labelled
+from quadric.speech.kaldi_archive import write_archive
+from quadric.speech.kaldi_frames import from_lattice
+from quadric.speech.kaldi_words import write_words
+from quadric.speech.lattices import Lattices, make_lattices
+from quadric.speech.lexicon import Lexicon
+from quadric.speech.tables import few
+from quadric.speech.transitions import TransitionModel
+from quadric.train.decode import check_output
+from quadric.train.prepare import make_features
+from quadric.train.sources import material
+from quadric.train.stages import alone_in, digest
+from quadric.train.system import System
+
+logger = logging.getLogger(__name__)
+
+Form = Literal["none", "binary", "text"]
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """A corpus as a system hears it, and why utterances are not heard."""
+
+    system: System
+    corpus: Corpus
+    features: Mapping[str, np.ndarray]
+    left_out: dict[str, str]
+
+
+def align_directory(
+    folder: Path, corpus: Corpus, out: Path, *, jobs: int = 2, progress: Progress = silent
+) -> tuple[str, ...]:
+    """Aligns the transcripts of ``corpus`` by the system in ``folder``.
+
+    Writes to ``out`` the pdf of every frame as a Kaldi archive (``ali.ark``), and the times of phones and words
+    (``phones.ctm``, ``words.ctm``).
+
+    Returns:
+        A line that says how many utterances were aligned and how many left out.
+
+    Raises:
+        ValueError: what is in ``out`` would be overwritten, another process writes there, no utterance could be
+            aligned, or the corpus has no transcripts.
+    """
+    check_output(out)
+    with alone_in(out, "out"):
+        scored = _score(folder, corpus, out, jobs, progress)
+        system, left_out = scored.system, scored.left_out
+        scores = system.likelihoods(scored.features)
+        transcripts = {}
+        for utterance in scored.corpus:
+            if not utterance.words:
+                left_out[utterance.id] = "it has no transcript"
+            elif unknown := system.lexicon.unknown_words(dict.fromkeys(utterance.words, 1)):
+                left_out[utterance.id] = f"the lexicon lacks {', '.join(sorted(unknown))}"
+            else:
+                transcripts[utterance.id] = utterance.words
+        found = align(
+            transcripts,
+            ((id, scores[id]) for id in transcripts),
+            system.lexicon,
+            system.tying,
+            options=ForcedAlignment(on_too_short="drop"),
+            jobs=jobs,
+            progress=progress,
+        )
+        left_out |= {id: f"{frames} frames, its words take at least {least}" for id, frames, least in found.too_short}
+        left_out |= found.failed
+        _refuse_none(found.pdfs, corpus, left_out)
+        save_alignments(out / "ali.ark", found.pdfs)
+        shift = system.front.fbank.frame_shift_ms / 1000
+        words = {
+            id: word_tokens(word_segments(transcripts[id], pdfs, system.lexicon, system.tying), shift)
+            for id, pdfs in found.pdfs.items()
+        }
+        write_ctm(out / "words.ctm", words)
+        write_ctm(out / "phones.ctm", {id: phone_tokens(pdfs, system.tying, shift) for id, pdfs in found.pdfs.items()})
+        return (f"aligned {len(found.pdfs)} of {len(corpus)} utterances{_told(out, left_out)}: {out / 'ali.ark'}",)
+
+
+def lattice_directory(
+    folder: Path,
+    corpus: Corpus,
+    out: Path,
+    *,
+    options: LatticeOptions,
+    arpa: Path | None = None,
+    lm_weight: float | None = None,
+    archive: Form = "none",
+    jobs: int = 2,
+    progress: Progress = silent,
+) -> tuple[str, ...]:
+    """Makes lattices of ``corpus`` by the system in ``folder``; run again, it goes on where it stopped.
+
+    Writes them to ``out/lattices`` and, as ``archive`` says, as Kaldi's lattices to ``out/lat.ark``, with the
+    transition model that numbers their transitions in ``out/final.mdl`` and the words in ``out/words.txt``.
+
+    Args:
+        options: how wide they are.
+        arpa: the language model of the lattices; None: that of the system.
+        lm_weight: its weight, the reciprocal of the acoustic scale; None: the system's.
+
+    Returns:
+        Lines with the number of lattices, their density and, with transcripts, the fewest word errors on any path.
+
+    Raises:
+        ValueError: as `align_directory`.
+    """
+    check_output(out)
+    with alone_in(out, "out"):
+        scored = _score(folder, corpus, out, jobs, progress)
+        system = scored.system
+        graph = read_graph(system.graph) if arpa is None else decoding_graph(system.lexicon, arpa, system.tying)
+        scale = 1 / (system.lm_weight if lm_weight is None else lm_weight)
+        labelled = to_labelled(graph, system.tying)
+        made_from = {"scale": scale, "model": digest(*(p.detach().numpy() for p in system.model.parameters()))}
+        scaled = system.likelihoods(scored.features, scale=scale)
+        made = make_lattices(
+            scaled, labelled, options, out / "lattices", made_from=made_from, jobs=jobs, progress=progress
+        )
+        left_out = scored.left_out | made.skipped
+        _refuse_none(made, corpus, left_out)
+        density = made.arcs / made.frames
+        lines = [
+            f"lattices of {len(made)} of {len(corpus)} utterances, {density:.1f} arcs a frame{_told(out, left_out)}"
+        ]
+        lines += _oracle(made, scored.corpus, system.lexicon, progress)
+        if archive != "none":
+            _write_archive(out, made, system, scored.features, archive)
+        return tuple(lines)
+
+
+def _write_archive(
+    out: Path, made: Lattices, system: System, features: Mapping[str, np.ndarray], archive: Form
+) -> None:
+    """Kaldi's compact lattices, with acoustic costs not scaled, as its tools expect, and what they refer to."""
+    transitions = TransitionModel.of(system.tying)
+    transitions.save(out / "final.mdl")
+    write_words(out / "words.txt", system.lexicon)
+    scores = system.likelihoods(features)
+    lattices = ((id, from_lattice(made[id], transitions, scores=scores[id])) for id in sorted(made))
+    write_archive(out / "lat.ark", lattices, text=archive == "text", scp=out / "lat.scp")
+
+
+def _oracle(made: Lattices, corpus: Corpus, lexicon: Lexicon, progress: Progress) -> list[str]:
+    """The fewest word errors that the lattices hold, as a line."""
+    labels = {word: label for label, word in enumerate(lexicon.words, start=1)}
+    said = [u for u in corpus if u.words and u.id in made]
+    if not said:
+        return []
+    errors = sum(
+        oracle_errors(made[u.id], [labels.get(word, -1) for word in u.words])
+        for u in progress(said, total=len(said), what="oracle errors")
+    )
+    words = sum(len(u.words) for u in said)
+    return [f"oracle %WER {100 * errors / words:.2f} [ {errors} / {words} ]: the best paths of {len(said)} lattices"]
+
+
+def _score(folder: Path, corpus: Corpus, out: Path, jobs: int, progress: Progress) -> _Scored:
+    system = System.load(folder)
+    features = make_features(material(corpus), system.front, out / "cache", jobs, progress, on_bad_audio="drop")
+    left_out = {u.id: "its audio or features are missing or damaged" for u in corpus if u.id not in features}
+    heard = corpus.subset(u.id for u in corpus if u.id in features)
+    return _Scored(system, heard, features, left_out)
+
+
+def _refuse_none(found: Mapping[str, object], corpus: Corpus, left_out: Mapping[str, str]) -> None:
+    if not found:
+        reasons = few([f"{id}: {reason}" for id, reason in left_out.items()])
+        raise ValueError(f"{corpus.name}: none of {len(corpus)} utterances could be done: {reasons}")
+
+
+def _told(out: Path, left_out: Mapping[str, str]) -> str:
+    """Writes who was left out; returns what to say about it."""
+    with new_file(out / "left_out") as temporary:
+        temporary.write_text("".join(f"{id} {reason}\n" for id, reason in sorted(left_out.items())), encoding="utf-8")
+    return f", {len(left_out)} left out ({out / 'left_out'})" if left_out else ""

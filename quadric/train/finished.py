@@ -1,0 +1,121 @@
+"""What a finished job says of itself: its facts, its scores, and the report."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from quadric.speech import scoring
+from quadric.speech.scoring import Errors, Score
+from quadric.train import checkpoint
+from quadric.train.flat_start import Aligned
+from quadric.train.metrics import MetricsLog
+from quadric.train.prepare import Prepared
+from quadric.train.report import Environment, Report, Run, Sweep, write_report
+from quadric.train.stages import reading
+
+logger = logging.getLogger(__name__)
+
+
+def report(work: Path) -> Path:
+    """Writes ``report.html`` of the finished job in ``work``.
+
+    Raises:
+        FileNotFoundError: no finished job is there.
+    """
+    if not (work / "job.json").is_file():
+        raise FileNotFoundError(f"work={work}: no finished job there; run quadric train first")
+    with reading(work / "job.json"):
+        summary = json.loads((work / "job.json").read_text())
+        environment = Environment(**summary["environment"])
+    runs, sweeps = [], []
+    for name in summary["runs"]:
+        folder = work / name
+        with reading(folder.resolve()):
+            runs.append(_run_of(name, folder))
+            sweeps.append(_sweep_of(name, folder))
+    page = Report(
+        title=summary["title"],
+        runs=runs,
+        summary=_summary(summary),
+        recipe=summary["recipe"],
+        environment=environment,
+        sweeps=sweeps,
+        alignment=summary["alignment"],
+    )
+    write_report(page, work / "report.html")
+    return work / "report.html"
+
+
+def _run_of(name: str, folder: Path) -> Run:
+    best = checkpoint.load(folder / "model.pt")
+    curves = MetricsLog(folder / "metrics.jsonl").records()
+    if not curves:
+        raise ValueError("metrics.jsonl holds no record")
+    notes = [f"lowest held-out loss {best['loss']:.4f} after update {best['update']}"]
+    notes += [str(record["ended"]) for record in curves if "ended" in record]
+    return Run(
+        name=name,
+        curves=curves,
+        scores=scores(folder / "decoded"),
+        updates=int(str(curves[-1]["update"])),
+        seconds=float(str(curves[-1]["seconds"])),
+        parameters=sum(value.numel() for value in best["model"].values()),
+        notes="; ".join(notes),
+    )
+
+
+def _sweep_of(name: str, folder: Path) -> Sweep:
+    sweep = json.loads((folder / "decoded" / "sweep.json").read_text())
+    tried = {(row.pop("lm_weight"), row.pop("word_penalty")): Errors(**row) for row in sweep["tried"]}
+    return Sweep(f"{name} dev", tried, tuple(sweep["chosen"].values()))
+
+
+def scores(decoded: Path) -> dict[str, Score]:
+    """What was recognised on dev and test, scored."""
+    scores = {}
+    for split in ("dev", "test"):
+        files = {name: scoring.read_text(decoded / split / name) for name in ("ref", "text", "utt2spk")}
+        speakers = {id: speaker[0] for id, speaker in files["utt2spk"].items()}
+        scores[split] = scoring.score(files["ref"], files["text"], speakers=speakers)
+    return scores
+
+
+def _summary(summary: Mapping[str, Any]) -> str:
+    perplexity = ", ".join(f"{value:.1f} on {split}" for split, value in summary["perplexity"].items())
+    return f"{summary['outputs']} network outputs. Perplexity of the language model: {perplexity}."
+
+
+def describe(aligned: Aligned, prepared: Prepared) -> dict[str, object]:
+    """Facts about the alignment, for the report."""
+    frames = np.concatenate(list(aligned.train.values()))
+    silence = aligned.tying.phone_of_pdf[frames] == 0
+    return {
+        "training utterances aligned": len(aligned.train),
+        "training utterances left out": len(prepared.perturbed) - len(aligned.train),
+        "training frames": len(frames),
+        "silence, share of the frames": round(float(silence.mean()), 3),
+    }
+
+
+def environment(seed: int) -> Environment:
+    """Where a job ran, and with what."""
+    packages = ("torch", "numpy", "kaldifst", "kaldi-decoder", "kaldi-native-fbank", "kaldialign", "quadric")
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed as a package"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    machine = {"processors": os.cpu_count() or 1, "memory": f"{memory:.0f} GiB", "threads": torch.get_num_threads()}
+    return Environment(versions, machine, {"job": seed})
