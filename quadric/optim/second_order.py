@@ -342,7 +342,7 @@ def natural_gradient(
         metric: F.
         damping: the rule of lambda, a share of the curvature (see `NaturalGradient`); default: none, as in the papers,
             until a step fails.
-        search: among the iterates; default: the best on the curvature's data.
+        search: among the iterates; default: the best of all on the curvature's data, `BestIterate`.
         preconditioner: of the conjugate gradients.
     """
     solver = _solver(preconditioner, iterations, FixedIterations(iterations), storage_ratio=EVERY_ITERATE)
@@ -372,7 +372,7 @@ def nghf(
         metric: F of the first run.
         damping: the rule of lambda in either run, a share of the curvature (see `NGHF`); default: a hundredth, more
             where a step fails. The paper's is ``Fixed(0.0)``: as good from a trained start, slower from a random one.
-        search: among the second run's iterates; default: the best on the curvature's data.
+        search: among the second run's iterates; default: the best of all on the curvature's data, `BestIterate`.
         preconditioner: of both runs; one that is made of pairs, of the first alone (see `NGHF`).
     """
     first = _solver(preconditioner, iterations, FixedIterations(iterations))
