@@ -43,9 +43,10 @@ def read_lattices(
     """
     for id, given in read_archive(path, root=root):
         try:
-            yield id, to_lattice(given, transitions, words=words, reorder=reorder)
+            lattice = to_lattice(given, transitions, words=words, reorder=reorder)
         except ValueError as error:
             raise ValueError(f"{path}: the lattice of {id}: {error}") from None
+        yield id, lattice
 
 
 def to_lattice(
@@ -180,7 +181,7 @@ def _build(arcs: Arcs, time: np.ndarray, transitions: TransitionModel, reorder: 
     frame = time[used // 2][source]
     ends = np.flatnonzero(time[used // 2] == time[used // 2].max())
     final = np.full(len(used), -np.inf)
-    np.logaddexp.at(final, number[arcs.final], arcs.final_weight)
+    final[number[arcs.final]] = arcs.final_weight
     return Lattice(
         source=source.astype(np.int32),
         target=target.astype(np.int32),

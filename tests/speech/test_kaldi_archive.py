@@ -113,7 +113,7 @@ def test_a_lattice_that_openfst_wrote_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("compact", "text"), FORMS)
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(seed=st.integers(0, 2**32))
 def test_every_form_comes_back(compact: bool, text: bool, seed: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("forms") / "lat"
@@ -221,7 +221,7 @@ def test_an_archive_that_ends_early_names_utterance_and_byte(compact: bool, text
     write_archive(tmp_path / "lat", [("one", lattice(0)), ("two", lattice(1))], compact=compact, text=text)
     whole = (tmp_path / "lat").read_bytes()
     second = whole.rindex(b"two ")
-    for length in range(second + 4, len(whole), 3):
+    for length in range(second + 4, len(whole), 5):
         (tmp_path / "cut").write_bytes(whole[:length])
         read = read_archive(tmp_path / "cut")
         assert next(read)[0] == "one"
@@ -241,7 +241,7 @@ def test_a_packed_archive_that_ends_early_is_refused(tmp_path: Path) -> None:
 def test_damage_is_told_as_such(compact: bool, text: bool, tmp_path: Path) -> None:
     write_archive(tmp_path / "lat", [("one", lattice(0)), ("two", lattice(1))], compact=compact, text=text)
     whole, rng, told = (tmp_path / "lat").read_bytes(), np.random.default_rng(0), 0
-    for _ in range(150):
+    for _ in range(80):
         damaged = bytearray(whole)
         damaged[rng.integers(len(whole))] ^= 1 << rng.integers(8)
         (tmp_path / "bad").write_bytes(damaged)
@@ -250,7 +250,7 @@ def test_damage_is_told_as_such(compact: bool, text: bool, tmp_path: Path) -> No
         except ValueError as error:
             assert str(tmp_path / "bad") in str(error)
             told += 1
-    assert told > 20
+    assert told > 10
 
 
 @pytest.mark.parametrize(
