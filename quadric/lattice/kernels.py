@@ -29,8 +29,9 @@ import numpy as np
 # A product and a sum may be rounded together; nothing else of IEEE 754 is given up.
 _compiled = numba.njit(nogil=True, cache=True, fastmath={"contract"}, error_model="numpy")
 
-_LEAST = 1e-200
-"""The least that a state may be of the greatest beside it, before sums of scaled probabilities are given up."""
+_LEAST = 1e-140
+"""The least that a state may be of the greatest beside it, before sums of scaled probabilities are given up: times
+itself, for the best arc may lead to the least state, it is far above what float64 loses to underflow."""
 
 
 @_compiled
@@ -87,8 +88,8 @@ def leave(source, target, frames, levels, final, state, q):  # pragma: no cover
     """Turns q from the scores of the arcs into the probabilities of leaving by them; returns log Z, to which the
     sum of the best is to be added.
 
-    Sums of probabilities are relative to the greatest in their frame. Where no state falls below ``_LEAST`` of it,
-    what is lost to underflow is less than 1e-100 of any sum. Else returns NaN, and so it does where a score on an arc
+    Sums of probabilities are relative to the greatest in their frame. Where no state falls below ``_LEAST`` of it, no
+    arc loses more than 1e-27 of its state's sum to underflow. Else returns NaN, and so it does where a score on an arc
     is no number, or forbids a state.
     """
     num_frames = len(frames) - 1

@@ -180,6 +180,23 @@ def test_a_path_that_is_worse_before_and_after_is_not_lost() -> None:
     np.testing.assert_allclose(sums.occupancy, [[0.0, 1.0]] * 3, atol=1e-80)
 
 
+@pytest.mark.parametrize("by", ["final", "scores"])
+def test_what_is_unlikely_frame_after_frame_keeps_its_digits(by: str) -> None:
+    """The best of a frame comes before the worst of the next, so that what is bad in both falls out of the range of
+    probabilities, although no frame alone has states as far apart; and then the first frame favours it."""
+    arcs = [(0, 1, 0), (0, 2, 1), (1, 4, 0), (1, 3, 1), (2, 4, 2), (2, 4, 3)]
+    scores = np.array([[-800.0, 0.0, 0.0, 0.0], [0.0, -400.0, -300.0, -300.7], [0.0, 0.0, 0.0, -430.0]])
+    if by == "final":
+        lattice, scores = Lattice.from_arcs(arcs, final={3: 0.0, 4: -430.0}), scores[:2]
+    else:
+        lattice = Lattice.from_arcs([*arcs, (3, 5, 0), (4, 5, 3)], final={5: 0.0})
+    sums = path_sums(lattice, scores)
+    share = 1.0 / (1.0 + np.exp(-0.7))
+    assert sums.log_z == pytest.approx(-730.0 - np.log(share), rel=1e-14)
+    assert sums.occupancy is not None
+    np.testing.assert_allclose(sums.occupancy[1], [0.0, 0.0, share, 1.0 - share], atol=1e-13)
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_both_ways_to_sum_agree(seed: int) -> None:
     """Scaled probabilities and logarithms, on scores that both can do; and the former are what is used."""
