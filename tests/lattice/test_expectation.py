@@ -286,15 +286,15 @@ def test_numerical_failure_stays_visible(bad: float, others: float) -> None:
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_value_that_is_no_number_spoils_the_mean_alone(bad: float) -> None:
-    value, scores = np.zeros(6), np.zeros((3, 2))
+    value, scores = np.zeros(6), np.zeros((3, 3))
     value[2] = bad
     sums, plain = path_sums(chain(), scores, value), path_sums(chain(), scores)
     assert sums.log_z == plain.log_z and np.isnan(sums.mean)
     np.testing.assert_array_equal(sums.occupancy, plain.occupancy)
     assert np.isnan(sums.derivative).all()  # type: ignore[arg-type]
     assert np.isnan(path_sums(chain(), scores, value, backward=False).mean)
-    assert np.isnan(mean_curvature(chain(), scores, value, np.ones((3, 2)))).all()
-    assert np.isnan(mean_curvature(chain(), scores, np.ones(6), np.full((3, 2), bad))).all()
+    assert np.isnan(mean_curvature(chain(), scores, value, np.ones((3, 3)))).all()
+    assert np.isnan(mean_curvature(chain(), scores, np.ones(6), np.full((3, 3), bad))).all()
 
 
 def test_float32_in_and_out_with_sums_in_float64() -> None:
