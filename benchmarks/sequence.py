@@ -43,6 +43,8 @@ GRIDS: dict[str, Grid] = {
 }
 """Of every method the options that are searched, and the values that are tried."""
 
+_FIRST_ORDER = ("sgd", "adam")
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -111,7 +113,7 @@ def main() -> None:
 
 
 def _one_network(network: str, chosen: argparse.Namespace, table: Table) -> None:
-    base = [f"name={chosen.recipe}-{network}", *NETWORKS[network], *chosen.options]
+    base = [f"name={chosen.recipe}-{network}", "hessian_free=none", *NETWORKS[network], *chosen.options]
     work = chosen.work / f"{chosen.recipe}-{network}"
     cross_entropy = _train(chosen, base, work, None, {}, "adamw")
     _add(table, network, "cross-entropy", cross_entropy, None)
@@ -119,24 +121,24 @@ def _one_network(network: str, chosen: argparse.Namespace, table: Table) -> None
     for method in chosen.methods:
         tried = []
         for setting in _settings(GRIDS[method]):
-            trained = _train(chosen, base, work, method, setting, f"{chosen.criterion}_{_NAMES[method]}")
+            trained = _train(chosen, base, work, method, setting, f"{chosen.criterion}_{method}")
             table.rows.append({"network": network, "training": method, "tried": True, **trained.row()})
             tried.append(trained)
         best[method] = min(tried, key=lambda trained: trained.errors)
-        first_order = [best[name] for name in ("sgd", "adam") if name in best]
+        first_order = [best[name] for name in _FIRST_ORDER if name in best]
         rival = min(first_order, key=lambda trained: trained.errors) if first_order else cross_entropy
         _add(table, network, method, best[method], _compare(rival, best[method]))
 
 
-NETWORKS: dict[str, list[str]] = {
-    "dnn": ["network.kind=dnn", "network.sizes=[384,384,384,384,384]"],
-    "tdnn": ["network.kind=tdnn"],
-    "rnn": ["network.kind=rnn", "network.sizes=[128,128]"],
-    "lstm": ["network.kind=lstm", "network.sizes=[128,128]"],
-}
-"""Sizes for two cores; the paper's are `--options` away."""
+_RECURRENT = ["network.sizes=[128,128]", "network.feed_forward=[128]"]
 
-_NAMES = {"sgd": "sgdperutterance"}
+NETWORKS: dict[str, list[str]] = {
+    "dnn": ["network.kind=dnn", "network.sizes=[384,384,384,384]"],
+    "tdnn": [],
+    "rnn": ["network.kind=rnn", *_RECURRENT],
+    "lstm": ["network.kind=lstm", *_RECURRENT],
+}
+"""Sizes for two cores, the TDNN's those of the recipe; `network=paper-lstm` and the like are the paper's."""
 
 
 def _train(
@@ -151,6 +153,11 @@ def _train(
     if method is not None:
         others = [other for other in GRIDS if other != method]
         options += [f"sequence.criterion.kind={chosen.criterion}", *(f"sequence.{other}=none" for other in others)]
+        if method not in _FIRST_ORDER:
+            options += [
+                f"sequence.{method}.{option}={getattr(chosen, option)}"
+                for option in ("gradient_frames", "curvature_frames", "epochs")
+            ]
         options += [f"sequence.{method}.{key}={value}" for key, value in setting.items()]
     run(make_job(chosen.recipe, options), work, progress=bar)
     return Trained.of(work / name, setting)
@@ -207,6 +214,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--methods", nargs="+", choices=GRIDS, default=list(GRIDS))
     parser.add_argument("--criterion", choices=["mmi", "mpe", "smbr"], default="mpe")
+    parser.add_argument("--gradient-frames", type=int, default=50_000, help="of second-order updates")
+    parser.add_argument("--curvature-frames", type=int, default=6_000)
+    parser.add_argument("--epochs", type=float, default=4.0, help="of second-order trainings")
     parser.add_argument("--work", type=Path, default=Path("exp/sequence"), help="folder of working folders")
     parser.add_argument("--json", type=Path, help="file for the rows, those of settings that were not chosen as well")
     parser.add_argument("--verbose", action="store_true")
