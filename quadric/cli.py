@@ -56,7 +56,9 @@ _HERE = {
     },
     "decode": _ON_DATA | {'on_bad_audio="drop"': "--drop-bad-audio"},
     "align": _ON_DATA,
-    "lattice": _ON_DATA | {"lattice_beam=": "--lattice-beam ", "max_active=": "--max-active ", "beam=": "--beam "},
+    "lattice": _ON_DATA
+    | {"lattice_beam=": "--lattice-beam ", "max_active=": "--max-active ", "beam=": "--beam "}
+    | {"lm_weight=": "--lm-weight "},
     "score": {"on_missing='count'": "--count-missing"},
     "report": {},
 }

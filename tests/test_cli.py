@@ -578,7 +578,7 @@ def test_decode_overwrites_no_data(call: Call, corpus: Path, tmp_path: Path) -> 
     ):
         message = call.refused("decode", system, data, "--out", out)
         assert message.startswith(f"--out {out}: ") and what in message
-        assert message.endswith("which decoding would overwrite; name a folder of its own")
+        assert message.endswith("which would be overwritten; name a folder of its own")
         assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 

@@ -140,6 +140,8 @@ class SequenceTraining:
         check(self, dropout=SHARE)
         if not self.methods:
             raise ValueError("sgd, adam, hessian_free, natural_gradient, nghf are all none: leave one in at least")
+        if self.sgd is not None and self.adam is not None and self.sgd.name == self.adam.name:
+            raise ValueError(f"sgd and adam both have optimizer={self.sgd.optimizer.__name__}: leave one of them out")
 
     @property
     def methods(self) -> dict[str, Method]:

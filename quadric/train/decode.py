@@ -47,12 +47,12 @@ def decode_directory(
 
 
 def check_output(out: Path) -> None:
-    """Raises ``ValueError`` if ``out`` is a folder whose files decoding would overwrite."""
+    """Raises ``ValueError`` if ``out`` is a folder of files that must not be written over."""
     for files, what in _NOT_TO_OVERWRITE.items():
         found = [file for file in files if Path(os.path.normpath(out.resolve() / file)).is_file()]
         if found:
             raise ValueError(
-                f"out={out}: {what} is there ({found[0]}), which decoding would overwrite; name a folder of its own"
+                f"out={out}: {what} is there ({found[0]}), which would be overwritten; name a folder of its own"
             )
 
 

@@ -6,6 +6,7 @@ An utterance that cannot be done is left out, counted, and named with the reason
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,8 +127,10 @@ def lattice_directory(
         Lines with the number of lattices, their density and, with transcripts, the fewest word errors on any path.
 
     Raises:
-        ValueError: as `align_directory`.
+        ValueError: as `align_directory`; ``lm_weight`` is not positive; lattices of something else are in ``out``.
     """
+    if lm_weight is not None and not 0.0 < lm_weight < math.inf:
+        raise ValueError(f"lm_weight={lm_weight} must be a positive number")
     check_output(out)
     with alone_in(out, "out"):
         scored = _score(folder, corpus, out, jobs, progress)
@@ -135,7 +138,11 @@ def lattice_directory(
         graph = read_graph(system.graph) if arpa is None else decoding_graph(system.lexicon, arpa, system.tying)
         scale = 1 / (system.lm_weight if lm_weight is None else lm_weight)
         labelled = to_labelled(graph, system.tying)
-        made_from = {"scale": scale, "model": digest(*(p.detach().numpy() for p in system.model.parameters()))}
+        made_from = {
+            "scale": scale,
+            "model": digest(system.log_prior, *(value.numpy() for value in system.model.state_dict().values())),
+            "features": digest(dict(scored.features)),
+        }
         scaled = system.likelihoods(scored.features, scale=scale)
         made = make_lattices(
             scaled, labelled, options, out / "lattices", made_from=made_from, jobs=jobs, progress=progress
@@ -181,6 +188,12 @@ def _oracle(made: Lattices, corpus: Corpus, lexicon: Lexicon, progress: Progress
 def _score(folder: Path, corpus: Corpus, out: Path, jobs: int, progress: Progress) -> _Scored:
     system = System.load(folder)
     features = make_features(material(corpus), system.front, out / "cache", jobs, progress, on_bad_audio="drop")
+    width = next(iter(features.values())).shape[1]
+    if width != system.inputs:
+        raise ValueError(
+            f"{corpus.name}: its features have {width} columns, the system was trained on {system.inputs}: make them "
+            "as those that it was trained on"
+        )
     left_out = {u.id: "its audio or features are missing or damaged" for u in corpus if u.id not in features}
     heard = corpus.subset(u.id for u in corpus if u.id in features)
     return _Scored(system, heard, features, left_out)

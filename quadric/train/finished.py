@@ -51,6 +51,7 @@ def report(work: Path) -> Path:
         environment=environment,
         sweeps=sweeps,
         alignment=summary["alignment"],
+        sequence=summary.get("sequence", {}),
     )
     write_report(page, work / "report.html")
     return work / "report.html"

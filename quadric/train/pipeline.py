@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -25,7 +26,7 @@ from quadric.train.finished import describe, environment, report, scores
 from quadric.train.flat_start import Aligned, flat_start
 from quadric.train.prepare import Prepared, prepare
 from quadric.train.recipe import Job
-from quadric.train.sequence import Competition, compete, targets
+from quadric.train.sequence import SequenceSet, compete, targets
 from quadric.train.sources import Split
 from quadric.train.stages import Stages, alone_in, plain, reading
 from quadric.train.system import System
@@ -66,9 +67,10 @@ def _run(job: Job, work: Path, progress: Progress, communicator: Communicator) -
         folder = trained(job, name, method, prepared, units, stages, progress, communicator)
         tested = partial(_tested, job, work / name, prepared, units, folder, progress)
         communicator.first(f"decoding by {name}", tested)
+    competitors: dict[str, object] = {}
     if job.sequence is not None:
-        _train_sequences(job, job.sequence, work, prepared, units, stages, progress, communicator)
-    communicator.first("writing the report", partial(_finished, job, work, prepared, aligned, units))
+        competitors = _train_sequences(job, job.sequence, work, prepared, units, stages, progress, communicator)
+    communicator.first("writing the report", partial(_finished, job, work, prepared, aligned, units, competitors))
     lines = [
         f"{score.total.line} {name} {split}"
         for name in _runs(job)
@@ -91,24 +93,22 @@ def _train_sequences(
     stages: Stages,
     progress: Progress,
     communicator: Communicator,
-) -> None:
-    """The trainings by a sequence criterion, from the parameters of one by cross-entropy."""
+) -> dict[str, object]:
+    """The trainings by a sequence criterion, from the parameters of one by cross-entropy; facts about their sets."""
     start = work / (options.start or next(iter(job.methods)))
     name = start.resolve().name
     with reading(start):
         system = System.load(start / "system")
     scale = options.criterion.scale or 1 / system.lm_weight
-
-    def making() -> dict[Split, Competition]:
-        return compete(options.competitors, prepared, system, scale, name, stages, progress, jobs=job.jobs)
-
-    competing = communicator.first_then_all("making lattices", making)
     loss = options.criterion.loss(torch.from_numpy(units.log_prior), scale, job.jobs)
-    missing = options.competitors.missing
-    sets = {
-        split: targets(competition, loss, missing, progress, what=f"{split}: targets")
-        for split, competition in competing.items()
-    }
+
+    def making() -> dict[Split, SequenceSet]:
+        competing = compete(options.competitors, prepared, system, scale, name, stages, progress, jobs=job.jobs)
+        missing = options.competitors.missing
+        return {split: targets(competition, loss, missing, progress, split) for split, competition in competing.items()}
+
+    sets = communicator.first_then_all("making lattices", making)
+    data = Sets(prepared, sets["train"].targets, sets["dev"].targets)
     network = replace(job.network, dropout=options.dropout)
     for training, method in options.methods.items():
         key = (network, options.criterion, options.competitors, scale, name, job.autocast, job.seed)
@@ -118,15 +118,15 @@ def _train_sequences(
         torch.manual_seed(job.seed)
         model = network.build(prepared.dimension, units.tying.num_pdfs)
         model.load_state_dict(system.model.state_dict())
-        fit(
-            job, training, method, model, loss, Sets(prepared, sets["train"], sets["dev"]), folder, progress,
-            communicator, chunk=None,
-        )  # fmt: skip
+        fit(job, training, method, model, loss, data, folder, progress, communicator, chunk=None)
         tested = partial(_tested, job, work / training, prepared, units, folder, progress)
         communicator.first(f"decoding by {training}", tested)
+    return {name: value for split, found in sets.items() for name, value in found.facts(split).items()}
 
 
-def _finished(job: Job, work: Path, prepared: Prepared, aligned: Aligned, units: Units) -> None:
+def _finished(
+    job: Job, work: Path, prepared: Prepared, aligned: Aligned, units: Units, competitors: Mapping[str, object]
+) -> None:
     """Writes ``job.json`` and the report."""
     summary = {
         "title": job.name,
@@ -135,6 +135,7 @@ def _finished(job: Job, work: Path, prepared: Prepared, aligned: Aligned, units:
         "perplexity": {split: round(value, 2) for split, value in prepared.perplexity.items()},
         "outputs": units.tying.num_pdfs,
         "alignment": describe(aligned, prepared),
+        "sequence": competitors,
         "environment": plain(environment(job.seed)),
     }
     with new_file(work / "job.json") as temporary:

@@ -155,9 +155,16 @@ def make_features(
     *,
     on_bad_audio: Literal["error", "drop"] = "error",
 ) -> Mapping[str, np.ndarray]:
-    """Normalised features of every utterance, in memory; from audio, or from the features that came with it."""
+    """Normalised features of every utterance, in memory; from audio, or from the features that came with it.
+
+    If ``on_bad_audio`` drops audio that cannot be used, it does so with features that cannot be read.
+    """
     corpus, features = material
     if features is not None:
+        if on_bad_audio == "drop":
+            corpus = corpus.subset(u.id for u in corpus if u.id in features)
+            features = _readable(corpus, features)
+            corpus = corpus.subset(features)
         return _normalised(corpus, features, front, progress)
     features = extract(corpus, front.fbank, cache / "features", jobs=jobs, on_bad_audio=on_bad_audio, progress=progress)
     try:
@@ -165,6 +172,26 @@ def make_features(
     except DamagedFeatures as error:
         with reading(error.folder, "command"):
             raise
+
+
+def _readable(corpus: Corpus, features: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """In memory, those of ``features`` that can be read and hold numbers."""
+    readable, bad = dict[str, np.ndarray](), list[str]()
+    for id in corpus.by_id:
+        try:
+            found = features[id]
+        except DamagedFeatures as error:
+            bad.append(str(error))
+            continue
+        if len(found) and np.isfinite(found).all():
+            readable[id] = found
+        else:
+            bad.append(f"the features of {id} have no frames, or values that are not finite")
+    if bad:
+        logger.warning("%s: left out for features that cannot be used: %s", corpus.name, few(bad))
+    if not readable:
+        raise ValueError(f"no features of {corpus.name} can be used: {few(bad)}: extract them again")
+    return readable
 
 
 def _normalised(

@@ -122,6 +122,7 @@ class Report:
         environment: versions, machine, seeds.
         sweeps: of decoding options.
         alignment: what is known of the alignment's quality, such as its frames or agreement with a reference.
+        sequence: what is known of the sets of sequence training, such as how many utterances were left out, and why.
         worst: utterances to show for each run and set.
     """
 
@@ -132,6 +133,7 @@ class Report:
     environment: Environment = field(default_factory=Environment)
     sweeps: Sequence[Sweep] = ()
     alignment: Mapping[str, object] = field(default_factory=dict)
+    sequence: Mapping[str, object] = field(default_factory=dict)
     worst: int = 10
 
     def __post_init__(self) -> None:

@@ -7,17 +7,20 @@ arcs change with it.
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int32
 
 from quadric.lattice.labelled import LabelledAutomaton
-from quadric.lattice.lattice import Lattice, StatePath
+from quadric.lattice.lattice import StatePath
 from quadric.lattice.paths import contains, path_weight, with_path
 from quadric.loss.sequence import SequenceLoss, SequenceTarget
 from quadric.progress import Progress
@@ -40,12 +43,20 @@ _TEACHER = 20
 """Of another network's posteriors as many are kept a frame; the rest is shared among them."""
 
 
+class LeftOut(NamedTuple):
+    """Why an utterance is not trained on: what it has in common with others, and more of its own."""
+
+    kind: str
+    why: str
+
+
 @dataclass(frozen=True)
 class Competition:
     """What sequence training needs of one set: the references, and the lattices that hold what competes with them.
 
     Attributes:
         corpus: the utterances.
+        frames: utterance id -> the number of frames of its features.
         scores: of the network that made both, unscaled.
         references: utterance id -> the alignment of its transcript.
         lattices: utterance id -> its lattice.
@@ -53,27 +64,40 @@ class Competition:
     """
 
     corpus: Corpus
+    frames: Mapping[str, int]
     scores: Likelihoods
     references: Mapping[str, StatePath]
     lattices: Lattices
-    left_out: Mapping[str, str]
+    left_out: Mapping[str, LeftOut]
 
-    def pairs(self, missing: str) -> Iterator[tuple[str, Lattice, StatePath]]:
-        """Every utterance's lattice with its reference in it, added where it was missing or left out."""
-        added = skipped = 0
-        for id, reference in self.references.items():
-            if id not in self.lattices:
-                continue
-            lattice = self.lattices[id]
-            if not contains(lattice, reference):
-                if missing == "skip":
-                    skipped += 1
-                    continue
-                added += 1
-                lattice = with_path(lattice, reference)
-            yield id, lattice, reference
-        if added or skipped:
-            logger.info("references that were not in their lattices: %d added, %d utterances skipped", added, skipped)
+
+@dataclass(frozen=True)
+class SequenceSet:
+    """What a network is trained on or judged by, and what became of the utterances.
+
+    Attributes:
+        targets: utterance id -> what the loss is taken against.
+        added: how many of them had to have their reference put into its lattice.
+        left_out: utterance id -> why it has no target.
+        density: arcs a frame of the lattices, as they were made.
+    """
+
+    targets: Mapping[str, SequenceTarget]
+    added: int
+    left_out: Mapping[str, LeftOut]
+    density: float
+
+    def facts(self, split: str) -> dict[str, object]:
+        """For the report."""
+        kinds = Counter(reason.kind for reason in self.left_out.values())
+        facts: dict[str, object] = {
+            "utterances": len(self.targets),
+            "utterances left out": len(self.left_out),
+            **{f"left out: {kind}": count for kind, count in kinds.most_common()},
+            "references added to their lattices": self.added,
+            "arcs a frame of the lattices": round(self.density, 1),
+        }
+        return {f"{split}: {name}": value for name, value in facts.items()}
 
 
 def compete(
@@ -106,28 +130,57 @@ def compete(
             system.likelihoods({id: features[id] for id in references}, scale=scale),
             graph,
             options.lattice,
-            stages.folder(f"lattices-{split}", options, scale, *place) / "store",
+            stages.folder(f"lattices-{split}", options.lattice, options.lm_order, scale, *place) / "store",
             jobs=jobs,
             progress=progress,
         )
-        left_out |= made.skipped
-        if left_out:
-            logger.warning("%s: left out %d of %d utterances: %s", split, len(left_out), len(corpus), _listed(left_out))
+        left_out |= {id: LeftOut("no lattice", why) for id, why in made.skipped.items()}
         logger.info("%s: %d lattices, %.1f arcs a frame", split, len(made), made.arcs / max(1, made.frames))
-        found[split] = Competition(corpus, scores, references, made, left_out)
+        frames = {u.id: len(features[u.id]) for u in corpus}
+        found[split] = Competition(corpus, frames, scores, references, made, left_out)
     return found
 
 
 def targets(
-    competition: Competition, loss: SequenceLoss, missing: str, progress: Progress, *, what: str
-) -> dict[str, SequenceTarget]:
-    """What ``loss`` is taken against, for every utterance."""
+    competition: Competition, loss: SequenceLoss, missing: Literal["add", "skip"], progress: Progress, split: Split
+) -> SequenceSet:
+    """What ``loss`` is taken against, for every utterance that allows it; the others are left out and told.
+
+    A reference that its lattice does not hold is put into it, or, if ``missing`` says so, the utterance left out.
+
+    Raises:
+        ValueError: none is left.
+    """
     wanted: dict[str, SequenceTarget] = {}
-    pairs = competition.pairs(missing)
-    for id, lattice, reference in progress(pairs, total=len(competition.references), what=what):
+    left_out, added = dict(competition.left_out), 0
+    ids = [id for id in competition.references if id in competition.lattices]
+    for id in progress(ids, total=len(ids), what=f"{split}: targets"):
+        lattice, reference = competition.lattices[id], competition.references[id]
+        lengths = (competition.frames[id], len(reference), len(lattice))
+        if len(set(lengths)) > 1:
+            why = "its features have {} frames, its reference {}, its lattice {}".format(*lengths)
+            left_out[id] = LeftOut("features, reference and lattice of different lengths", why)
+            continue
+        held = contains(lattice, reference)
+        if not held and missing == "skip":
+            left_out[id] = LeftOut("reference not in its lattice", "its lattice does not hold its reference")
+            continue
         teacher = _likeliest(competition.scores.posteriors(id)) if loss.anchor else None
-        wanted[id] = loss.target(lattice, reference, teacher=teacher)
-    return wanted
+        try:
+            wanted[id] = loss.target(lattice if held else with_path(lattice, reference), reference, teacher=teacher)
+        except ValueError as error:
+            left_out[id] = LeftOut("no target of the criterion", str(error))
+            continue
+        added += not held
+    total = len(competition.corpus)
+    if not wanted:
+        raise ValueError(f"{split}: none of {total} utterances is left for sequence training: {_listed(left_out)}")
+    if added:
+        logger.info("%s: %d references were not in their lattices, and were added", split, added)
+    if left_out:
+        logger.warning("%s: left out %d of %d utterances: %s", split, len(left_out), total, _listed(left_out))
+    made = competition.lattices
+    return SequenceSet(wanted, added, left_out, made.arcs / made.frames)
 
 
 def _denominator(options: Competitors, prepared: Prepared, tying: Tying, stages: Stages) -> LabelledAutomaton:
@@ -155,7 +208,7 @@ def _references(
     stages: Stages,
     progress: Progress,
     jobs: int,
-) -> tuple[dict[str, StatePath], dict[str, str]]:
+) -> tuple[dict[str, StatePath], dict[str, LeftOut]]:
     """Forced alignments with their weight in the graph of competitors, and why others have none."""
 
     def make(folder: Path) -> None:
@@ -168,21 +221,26 @@ def _references(
             jobs=jobs,
             progress=progress,
         )
+        failed = {id: LeftOut("not aligned with its words", why) for id, why in aligned.failed.items()}
+        for id, frames, least in aligned.too_short:
+            failed[id] = LeftOut("too short for its words", f"{frames} frames, its words take at least {least}")
         if not aligned.pdfs:
-            raise ValueError(f"no utterance could be aligned with its words: {_listed(aligned.failed)}")
+            raise ValueError(f"no utterance could be aligned with its words: {_listed(failed)}")
         save_alignments(folder / "ali.ark", aligned.pdfs)
+        (folder / "left_out.json").write_text(json.dumps(failed))
 
-    folder = stages.make("references", *place, by=make)
+    folder = stages.make("references", "with reasons", *place, by=make)
     with reading(folder):
         pdfs = load_alignments(folder / "ali.ark")
-    left_out = {u.id: "its words could not be aligned" for u in corpus if u.id not in pdfs}
+        reasons = json.loads((folder / "left_out.json").read_text())
+        left_out = {id: LeftOut(*reason) for id, reason in reasons.items()}
     paths = {}
     for id, row in progress(pdfs.items(), total=len(pdfs), what="weights of the references"):
         weight = path_weight(graph, row)
         if np.isfinite(weight):
             paths[id] = state_path(row, system.tying, weight)
         else:
-            left_out[id] = "the graph of competitors does not hold its words"
+            left_out[id] = LeftOut("not in the graph of competitors", "the graph of competitors lacks its words")
     return paths, left_out
 
 
@@ -200,5 +258,5 @@ def _likeliest(posteriors: Float[torch.Tensor, "T C"]) -> tuple[np.ndarray, np.n
     return top.indices.to(torch.int32).numpy(), shares.to(torch.float32).numpy()
 
 
-def _listed(reasons: Mapping[str, str]) -> str:
-    return few([f"{id}: {reason}" for id, reason in reasons.items()])
+def _listed(reasons: Mapping[str, LeftOut]) -> str:
+    return few([f"{id}: {reason.why}" for id, reason in reasons.items()])

@@ -7,13 +7,10 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -23,7 +20,7 @@ from quadric.comm import checkpoint as together
 from quadric.comm.communicator import Solo
 from quadric.data.batch import pad_context
 from quadric.progress import silent
-from quadric.recipes import digits, speechocean
+from quadric.recipes import speechocean
 from quadric.speech.alignment import load_alignments, save_alignments
 from quadric.speech.corpus import Corpus, read_data_dir
 from quadric.speech.ctm import Token, read_ctm, word_segments, word_start_errors, word_tokens
@@ -31,7 +28,6 @@ from quadric.speech.lexicon import Lexicon
 from quadric.speech.scoring import read_text, write_text
 from quadric.speech.synthesis import DIGIT_LEXICON
 from quadric.speech.topology import Tying, monophone
-from quadric.train import checkpoint
 from quadric.train.decode import decode_directory
 from quadric.train.finished import report
 from quadric.train.flat_start import flat_start
@@ -39,104 +35,35 @@ from quadric.train.metrics import MetricsLog
 from quadric.train.overrides import override
 from quadric.train.pipeline import run
 from quadric.train.prepare import prepare
-from quadric.train.recipe import Job, Network
+from quadric.train.recipe import Network
 from quadric.train.stages import Stages
 from quadric.train.system import Front, System
-from reference.tiny_job import CLEAN_DIGITS, TINY
+from reference.tiny_job import TINY
+from reference.whole_job import (
+    PROGRAM,
+    RANKS,
+    Finished,
+    assert_equal,
+    contents,
+    corpus,
+    finish,
+    job,
+    only,
+    parameters,
+    start,
+    wait_for,
+    without_time,
+)
 
 pytestmark = [pytest.mark.speech, pytest.mark.demo]
 
 LEXICON = Lexicon(DIGIT_LEXICON)
 MONO = monophone(LEXICON.phones)
-OPTIONS = (*TINY, *CLEAN_DIGITS)
-# Checkpoints often, so that a kill comes behind one.
-PROGRAM = (
-    "import sys, quadric.train.trainer as t; t.CHECKPOINT_SECONDS = 0.2\n"
-    "from quadric.cli import main\n"
-    "if __name__ == '__main__': sys.exit(main())"
-)
 WER = re.compile(r"%WER \d+\.\d\d \[ \d+ / \d+, \d+ ins, \d+ del, \d+ sub \] (adamw|hessian_free) (dev|test)")
-
-
-class Finished(NamedTuple):
-    """A job that ran through in a process of its own, and what it printed."""
-
-    work: Path
-    lines: tuple[str, ...]
-
-
-def job(*more: str) -> Job:
-    return override(digits(48), [*OPTIONS, *more])
-
-
-def start(exp: Path, *more: str, program: tuple[str, ...] = ("-m", "quadric")) -> subprocess.Popen[str]:
-    """``quadric train digits`` in a session of its own, whose signals reach its children as Ctrl-C does."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    command = [sys.executable, *program, "train", "digits", "--work", str(exp), *OPTIONS, *more]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-
-
-def finish(exp: Path, *more: str) -> Finished:
-    process = start(exp, *more)
-    printed, errors = process.communicate(timeout=100)
-    assert process.returncode == 0, errors
-    return Finished(exp / "digits", tuple(line for line in printed.splitlines() if line.startswith("%WER")))
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert process.poll() is None and time.monotonic() < deadline, "it ended before what was waited for"
-        time.sleep(0.01)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    return finish(tmp_path_factory.mktemp("exp"))
-
-
-@pytest.fixture
-def one_thread() -> object:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def corpus(work: Path, split: str) -> Corpus:
-    return read_data_dir(only(work, "cache/digits-*") / split)
-
-
-def only(work: Path, pattern: str) -> Path:
-    (found,) = work.glob(pattern)
-    return found
 
 
 def stages(work: Path) -> set[str]:
     return {path.name for path in work.iterdir() if path.is_dir() and not path.is_symlink() and path.name != "cache"}
-
-
-def contents(work: Path) -> dict[str, tuple[int, int]]:
-    """Of every file of every stage, when it was written and how long it is."""
-    files = (path for path in work.rglob("*") if path.is_file() and "-" in path.relative_to(work).parts[0])
-    return {str(path.relative_to(work)): (path.stat().st_mtime_ns, path.stat().st_size) for path in files}
-
-
-def parameters(work: Path, method: str) -> dict[str, torch.Tensor]:
-    return checkpoint.load(work / method / "model.pt")["model"]
-
-
-def assert_equal(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> None:
-    assert first.keys() == second.keys()
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
-
-
-def without_time(work: Path, method: str) -> list[dict]:
-    records = MetricsLog(work / method / "metrics.jsonl").records()
-    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
 
 
 # ------------------------------------------------------------------------------------------------ a whole job
@@ -263,8 +190,6 @@ def test_one_option_reruns_what_depends_on_it(
 
 
 # ------------------------------------------------------------------------------------------------ interruptions
-
-RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "quadric")
 
 
 def copied(finished: Finished, exp: Path, *names: str) -> Path:
