@@ -178,7 +178,7 @@ def _oracle(made: Lattices, corpus: Corpus, lexicon: Lexicon, progress: Progress
     if not said:
         return []
     errors = sum(
-        oracle_errors(made[u.id], [labels.get(word, -1) for word in u.words])
+        oracle_errors(made[u.id], [labels.get(word, 0) for word in u.words])
         for u in progress(said, total=len(said), what="oracle errors")
     )
     words = sum(len(u.words) for u in said)

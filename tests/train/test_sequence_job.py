@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from quadric.comm import checkpoint as together
+from quadric.comm.communicator import Solo
 from quadric.data.stream import FrameStream
 from quadric.loss.sequence import MPE
 from quadric.model.acoustic import AcousticModel
@@ -29,7 +31,6 @@ from reference.whole_job import (
     Finished,
     assert_equal,
     contents,
-    finish,
     job,
     only,
     parameters,
@@ -55,10 +56,15 @@ MMI_SGD = (
     "sequence.sgd.epochs=1",
     "sequence.sgd.lr=0.001",
 )
-IN_SMALL_SHARDS = (
-    "from functools import partial\n"
-    "import quadric.train.sequence as s; s.make_lattices = partial(s.make_lattices, shard_size=3)\n"
+SLOWLY = (
+    "import time; from functools import partial; import quadric.train.sequence as s\n"
+    "from quadric.lattice.generate import Generator; from quadric.train.trainer import Trainer\n"
+    "s.make_lattices = partial(s.make_lattices, shard_size=3)\n"
+    "make, step = Generator.__call__, Trainer._step\n"
+    "Generator.__call__ = lambda self, scores: time.sleep(0.1) or make(self, scores)\n"
+    "Trainer._step = lambda self: time.sleep(0.5) or step(self)\n"
 ) + PROGRAM
+"""So that there is time for a kill."""
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +82,7 @@ def copied(sequenced: Finished, exp: Path, *without: str) -> Path:
     """The working folder without some of what was done."""
     work = exp / "digits"
     shutil.copytree(sequenced.work, work, symlinks=True)
-    for pattern in (*without, "mpe_nghf", "job.json", "report.html"):
+    for pattern in ("mpe_nghf", "job.json", "report.html", *without):  # the link before what it leads to
         for path in work.glob(pattern):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     return work
@@ -149,18 +155,22 @@ def test_another_criterion_takes_the_same_lattices(sequenced: Finished, tmp_path
 
 
 @pytest.mark.timeout(300)
-def test_kill_while_lattices_are_made_and_in_training(sequenced: Finished, tmp_path: Path) -> None:
+def test_kill_while_lattices_are_made_and_in_training(sequenced: Finished, tmp_path: Path, one_thread: object) -> None:
     work = copied(sequenced, tmp_path, "competitors-*", "references-*", "lattices-*", "mpe_nghf-*")
-    for sign in ("lattices-train-*/store/lattices-000001.zip", "mpe_nghf-*/state/[0-9]*"):
-        process = start(tmp_path, *MPE_NGHF, program=("-c", IN_SMALL_SHARDS))
+    shards, states = "lattices-train-*/store/lattices-*.zip", "mpe_nghf-*/state/[0-9]*"
+    for sign in ("lattices-train-*/store/lattices-000001.zip", states):
+        assert not any(work.glob(states))
+        process = start(tmp_path, *MPE_NGHF, program=("-c", SLOWLY))
         wait_for(lambda sign=sign: any(work.glob(sign)), process)  # type: ignore[misc]
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate(timeout=60)
         assert process.returncode == -signal.SIGKILL
-    assert not (work / "mpe_nghf").exists()
-    assert len(list(work.glob("lattices-train-*/store/lattices-*.zip"))) == 16
-    resumed = finish(tmp_path, *MPE_NGHF, program=("-c", IN_SMALL_SHARDS))
-    assert resumed.lines == sequenced.lines
+        assert (len(list(work.glob(shards))) < 16) == (sign != states)
+    folder = only(work, "mpe_nghf-*")
+    updates = [together.load(place / "state", Solo())["update"] for place in (folder, sequenced.work / "mpe_nghf")]
+    assert updates[0] < updates[1] and not (work / "mpe_nghf").exists()
+    shutil.rmtree(work / "cache" / "features")  # their names hold the places of the audio
+    assert run(job(*MPE_NGHF), work).lines == sequenced.lines
     assert_equal(parameters(work, "mpe_nghf"), parameters(sequenced.work, "mpe_nghf"))
     assert without_time(work, "mpe_nghf") == without_time(sequenced.work, "mpe_nghf")
 
