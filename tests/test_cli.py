@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -158,6 +159,10 @@ def edit(path: Path, change: Callable[[str], str]) -> None:
         (["train", "digits", "--wrok", "x"], "unrecognized arguments: --wrok x"),
         (["decode", "system"], "required: data, --out"),
         (["decode", "system", "data", "--out", "o", "--jobs", "two"], "invalid int value: 'two'"),
+        (["align", "system"], "required: data, --out"),
+        (["lattice", "system", "data"], "required: --out"),
+        (["lattice", "system", "data", "--out", "o", "--archive", "gz"], "--archive: invalid choice: 'gz'"),
+        (["lattice", "system", "data", "--out", "o", "--beam", "wide"], "--beam: invalid float value: 'wide'"),
         (["score", "ref"], "required: hypothesis"),
         (["report"], "required: work"),
     ],
@@ -168,7 +173,7 @@ def test_a_wrong_call(call: Call, arguments: list[str], problem: str) -> None:
     assert problem in errors and errors.startswith("usage: quadric")
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["decode"], ["score"], ["report"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["align"], ["lattice"], ["decode"], ["score"], ["report"]])
 def test_help(call: Call, command: list[str]) -> None:
     status, printed, errors = call(*command, "--help")
     assert status == 0 and not errors
@@ -179,7 +184,7 @@ def test_help(call: Call, command: list[str]) -> None:
         assert "directory data=... lexicon=... [train=train]" in printed
         assert "--options" in printed and "first_order.lr=" in printed
     elif not command:
-        assert all(name in printed for name in ("train", "decode", "score", "report"))
+        assert all(name in printed for name in ("train", "align", "lattice", "decode", "score", "report"))
 
 
 @pytest.mark.parametrize(
@@ -472,14 +477,21 @@ def test_another_rate_and_too_short_for_its_words(call: Call, corpus: Path) -> N
     edit(corpus / "train" / "text", lambda text: re.sub("u07 .*", "u07 LOW MID", text))
     soundfile.write(corpus / "train" / "wav" / "u08.wav", spoken(["MID"], rng)[:1000], 8000, subtype="PCM_16")
     edit(corpus / "train" / "text", lambda text: re.sub("u08 .*", "u08 LOW LOW LOW HIGH", text))
-    status, printed, errors = call(*train(corpus))
+    status, printed, errors = call(*train(corpus, "sequence.nghf=none", "sequence.sgd.epochs=1"))
     assert status == 0
     assert "train: resampled 1 of 24 utterances to 8000 Hz: 1 from 16000 Hz" in errors
     sentence = "left out utterances too short for their words: 1 (u08: 13 frames, at least 24)"
     assert sentence in errors
     assert sentence in (corpus.parent / "exp" / "tones" / "log").read_text()
-    assert len(re.findall(r"%WER \S+ \[ \d+ / \d+, .*\] adamw (?:dev|test)", printed)) == 2
+    assert len(re.findall(r"%WER \S+ \[ \d+ / \d+, .*\] (?:adamw|smbr_sgd) (?:dev|test)", printed)) == 4
     assert "report: " in printed
+    reason = "13 frames, its words take at least 24"
+    assert f"train: left out 1 of 24 utterances: 1 (u08: {reason})" in errors
+    counted = json.loads((corpus.parent / "exp" / "tones" / "job.json").read_text())["sequence"]
+    told = ("utterances", "utterances left out", "left out: too short for its words")
+    assert [counted[f"train: {name}"] for name in told] == [23, 1, 1]
+    status, again, errors = call(*train(corpus, "sequence.nghf=none", "sequence.sgd.epochs=1"))
+    assert (status, again) == (0, printed) and f"(u08: {reason})" in errors
 
 
 # ------------------------------------------------------------------------------------------------ places to write to

@@ -18,9 +18,11 @@ from torch import nn
 from quadric.comm.communicator import Solo
 from quadric.data.augment import SpecAugment
 from quadric.data.stream import FrameStream
+from quadric.lattice.generate import LatticeOptions
 from quadric.linalg.krylov import ConjugateGradient
 from quadric.linalg.truncation import RelativeProgress
 from quadric.loss.loss import CrossEntropy
+from quadric.loss.sequence import MPE
 from quadric.objective.curvature import Curvature
 from quadric.optim.damping import AfterRejection, LevenbergMarquardt
 from quadric.optim.descent import NewtonCG
@@ -33,16 +35,19 @@ from quadric.recipes import digits
 from quadric.speech.corpus import Corpus, Utterance
 from quadric.speech.decoding import Hypothesis
 from quadric.speech.features import Fbank
+from quadric.speech.language_model import NGram
 from quadric.speech.normalisation import Normalisation
 from quadric.speech.scoring import read_text
 from quadric.speech.topology import Tying, monophone
-from quadric.train import checkpoint, finished, pipeline, training
+from quadric.train import checkpoint, finished, pipeline, sequence, training
+from quadric.train.criterion import Competitors, Criterion, SequenceTraining, SGDPerUtterance
 from quadric.train.flat_start import Aligned
 from quadric.train.method import NGHF, FirstOrder, HessianFree, Method, NaturalGradient
 from quadric.train.metrics import MetricsLog
 from quadric.train.plan import Plan
 from quadric.train.prepare import Prepared
 from quadric.train.recipe import Decoding, Job, Network
+from quadric.train.sequence import LeftOut, SequenceSet
 from quadric.train.stages import Stages
 from quadric.train.system import Front
 from quadric.train.trainer import Trainer
@@ -418,3 +423,139 @@ def test_the_errors_reported_are_those_of_what_was_recognised(tmp_path: Path) ->
     counted = [line for line in (tmp_path / "test" / "per_utt").read_text().splitlines() if " #csid " in line]
     assert sum(sum(map(int, line.split()[3:])) for line in counted) == 5
     assert read_text(tmp_path / "test" / "ref") == {u.id: u.words for u in spoken}
+
+
+# ------------------------------------------------------------------------------------------------ sequence training
+
+
+@dataclass(frozen=True)
+class Likely:
+    """Stands in for likelihoods: which features, and at which scale."""
+
+    features: Mapping[str, np.ndarray]
+    scale: float
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Stands in for a system."""
+
+    model: nn.Module
+    lm_weight: float = 4.0
+    tying: Tying = MONO
+
+    def likelihoods(self, features: Mapping[str, np.ndarray], *, scale: float = 1.0) -> Likely:
+        return Likely(features, scale)
+
+
+class Made(dict[str, Any]):
+    """Stands in for lattices: of all utterances but one."""
+
+    frames, arcs = 10, 30
+
+    def __init__(self, scores: Likely) -> None:
+        super().__init__(dict.fromkeys(list(scores.features)[1:]))
+        self.skipped = {next(iter(scores.features)): "no path"}
+
+
+COMPETITORS = Competitors(LatticeOptions(9.0, 3.0, 77), lm_order=3, missing="skip", all_speeds=True)
+
+
+def test_competitors_are_what_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert all(getattr(COMPETITORS, name) != value for name, value in defaults(Competitors).items())
+    references: list[dict[str, Any]] = []
+    lattices: list[dict[str, Any]] = []
+    orders: list[int] = []
+
+    def estimate(sentences: list[tuple[str, ...]], words: tuple[str, ...], order: int) -> NGram:
+        assert sentences == [("A", "B")] * 5 and words == LEXICON.words
+        orders.append(order)
+        return NGram.estimate(sentences, words, order)
+
+    def referred(held: Any, *_: Any) -> Any:
+        *ids, last = [u.id for u in held]
+        return dict.fromkeys(ids), {last: LeftOut("too short", "2 frames")}
+
+    monkeypatch.setattr(sequence, "NGram", type("Estimating", (), {"estimate": staticmethod(estimate)}))
+    monkeypatch.setattr(sequence, "_references", recording(sequence._references, references, referred))
+    monkeypatch.setattr(
+        sequence, "make_lattices", recording(sequence.make_lattices, lattices, lambda scores, *_, **__: Made(scores))
+    )
+    ready, _ = prepared()
+    faster = tuple(replace(u, id=f"sp1.1-{u.id}") for u in ready.corpora["train"])
+    features = dict(ready.features["train"])
+    features |= {u.id: np.zeros((9, 4), np.float32) for u in faster}
+    both = Corpus("train", (*ready.corpora["train"], *faster))
+    ready = replace(ready, perturbed=both, features={**ready.features, "train": features})
+    for all_speeds, utterances in ((True, 10), (False, 5)):
+        options = replace(COMPETITORS, all_speeds=all_speeds)
+        found = sequence.compete(
+            options, ready, Scoring(nn.Linear(1, 1)), 0.25, "key", Stages(tmp_path), silent, jobs=3  # type: ignore[arg-type]
+        )  # fmt: skip
+        assert [len(found[split].corpus) for split in ("train", "dev")] == [utterances, 5]
+        assert found["train"].frames == {id: len(features[id]) for id in found["train"].corpus.by_id}
+        for split, made, referred_to in zip(found, lattices[-2:], references[-2:], strict=True):
+            assert made["options"] == LatticeOptions(9.0, 3.0, 77) and made["jobs"] == referred_to["jobs"] == 3
+            assert made["scores"].scale == 0.25 and referred_to["scores"].scale == found[split].scores.scale == 1.0
+            assert list(made["scores"].features) == list(found[split].references)
+            kinds = [reason.kind for reason in found[split].left_out.values()]
+            assert kinds == ["too short", "no lattice"]
+    assert orders == [3]  # once, for both
+    stores = {made["store"] for made in lattices}
+    assert len(stores) == 3  # of train twice, of dev once
+    options = replace(COMPETITORS, missing="add")
+    again = sequence.compete(options, ready, Scoring(nn.Linear(1, 1)), 0.25, "key", Stages(tmp_path), silent, jobs=1)  # type: ignore[arg-type]
+    assert again.keys() == found.keys() and {made["store"] for made in lattices} == stores
+    for other in (replace(COMPETITORS, lm_order=2), replace(COMPETITORS, lattice=LatticeOptions())):
+        sequence.compete(other, ready, Scoring(nn.Linear(1, 1)), 0.25, "key", Stages(tmp_path), silent, jobs=1)  # type: ignore[arg-type]
+        assert lattices[-1]["store"] not in stores and lattices[-2]["store"] not in stores
+
+
+@pytest.mark.parametrize("scale", [None, 0.7])
+def test_a_sequence_training_is_given_all_it_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scale: float | None
+) -> None:
+    criterion = Criterion("mpe", scale, accuracy="frame", smoothing=0.1, anchor=0.2, fisher="utterance")
+    ways = {"sgd": SGDPerUtterance(lr=0.3), "nghf": NGHF(iterations=2)}
+    chosen = job(sequence=SequenceTraining(criterion, COMPETITORS, "hessian_free", dropout=0.15, **ways))
+    ready, units = prepared()
+    torch.manual_seed(1)
+    first = replace(chosen.network, dropout=0.0).build(4, MONO.num_pdfs)
+    (tmp_path / "hessian_free-1").mkdir()
+    (tmp_path / "hessian_free").symlink_to("hessian_free-1")
+    loads: list[Path] = []
+    rooms: dict[str, list[dict[str, Any]]] = {"compete": [], "targets": [], "fit": []}
+
+    def load(folder: Path) -> Scoring:
+        loads.append(folder)
+        return Scoring(first)
+
+    def aimed(competition: str, *_: Any) -> SequenceSet:
+        return SequenceSet({competition: None}, 1, {}, 2.5)  # type: ignore[dict-item]
+
+    results = {"compete": lambda *_, **__: {"train": "T", "dev": "D"}, "targets": aimed, "fit": lambda *_, **__: None}
+    monkeypatch.setattr(pipeline, "System", type("Loading", (), {"load": staticmethod(load)}))
+    for name, calls in rooms.items():
+        monkeypatch.setattr(pipeline, name, recording(getattr(pipeline, name), calls, results[name]))
+    monkeypatch.setattr(pipeline, "_tested", lambda *_: None)
+    facts = pipeline._train_sequences(chosen, chosen.sequence, tmp_path, ready, units, Stages(tmp_path), silent, Solo())
+
+    assert facts["dev: utterances"] == 1 and facts["train: arcs a frame of the lattices"] == 2.5
+    assert loads == [tmp_path / "hessian_free" / "system"]
+    (competing,), (train, dev) = rooms["compete"], rooms["targets"]
+    kappa = 0.25 if scale is None else scale
+    assert (competing["options"], competing["scale"], competing["key"]) == (COMPETITORS, kappa, "hessian_free-1")
+    assert competing["jobs"] == chosen.jobs and competing["prepared"] is ready
+    assert (train["competition"], dev["competition"]) == ("T", "D")
+    assert train["missing"] == dev["missing"] == "skip" and train["loss"] is dev["loss"]
+    loss = train["loss"]
+    assert isinstance(loss, MPE) and (loss.scale, loss.counts, loss.smoothing) == (kappa, "frame", 0.1)
+    np.testing.assert_array_equal(loss.log_prior.numpy(), units.log_prior)
+    assert [made["name"] for made in rooms["fit"]] == ["mpe_sgd", "mpe_nghf"]
+    for made, method in zip(rooms["fit"], ways.values(), strict=True):
+        assert made["method"] is method and made["loss"] is loss and made["chunk"] is None
+        assert (made["sets"].train, made["sets"].dev) == ({"T": None}, {"D": None})
+        for key, value in first.state_dict().items():
+            assert torch.equal(made["model"].state_dict()[key], value), key
+        assert {part.p for part in made["model"].modules() if isinstance(part, nn.Dropout)} == {0.15}
+        assert made["folder"].name.startswith(made["name"] + "-")
