@@ -39,7 +39,7 @@ from reference.toy_language import triphone
 from reference.wheel import as_transducer, sums, wheel_decoder, wheel_lattice
 
 LIMIT = 10**7
-FRAMES, UTTERANCES = 500, 4
+FRAMES, UTTERANCES = 300, 3
 COLUMNS = (
     "graph", "states", "arcs", "beams", "ours, frames/s", "kaldi-decoder, frames/s", "ratio", "two threads",
     "arcs/frame", "theirs", "log Z, ours less theirs",
@@ -74,7 +74,7 @@ def main() -> None:
         system = System.load(chosen.system)
         scores = scores_of(system, chosen.data, chosen.utterances)
         fst = read_graph(system.graph)
-        measure(table, "trained", fst, system.tying, scores, LatticeOptions(10.0, 6.0, LIMIT))
+        measure(table, "trained", fst, system.tying, scores, LatticeOptions(8.0, 5.0, LIMIT))
         measure(table, "trained", fst, system.tying, scores, LatticeOptions(), wheel=False)
 
 

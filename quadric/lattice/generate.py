@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import numba
@@ -67,17 +66,11 @@ class Generator:
 
     def __init__(self, graph: LabelledAutomaton, options: LatticeOptions | None = None) -> None:
         self.graph, self.options = graph, options or LatticeOptions()
-
-    @cached_property
-    def _leaving(self) -> np.ndarray:
-        return _packed(self.graph, self.graph.automaton.target)
-
-    @cached_property
-    def _entering(self) -> _Entering:
-        automaton = self.graph.automaton
+        automaton = graph.automaton
         order = np.argsort(automaton.target, kind="stable").astype(np.int32)
         edges = np.searchsorted(automaton.target[order], np.arange(automaton.num_states + 1))
-        return _Entering(order, _packed(self.graph, automaton.source)[order], edges.astype(np.int64))
+        self._leaving = _packed(graph, automaton.target)
+        self._entering = _Entering(order, _packed(graph, automaton.source)[order], edges.astype(np.int64))
 
     def __call__(self, scores: Float[np.ndarray, "T C"]) -> Lattice:
         """The lattice of an utterance.

@@ -37,7 +37,7 @@ class Lattice:
     ======== ======= ======= ===============================================================================
 
     State 0 is the start, alone at its time. Every state is on a path from it to the end. The word's label may come a
-    phone later than the word, as in the graphs.
+    phone before the word, or later than its first frame, as in the graphs; the order of the words is right.
 
     Raises ``ValueError`` when the arrays do not describe such a lattice.
 

@@ -11,8 +11,8 @@ label         meaning
 ============= ===================================================================
 0             epsilon
 input         pdf + 1, one a frame
-output        index of the word in ``lexicon.words`` + 1, on the first frame of a word (with triphones: up
-              to one phone later)
+output        index of the word in ``lexicon.words`` + 1, on the first frame of a word (with triphones: of
+              the phone before it, if there is one); later where words begin alike
 ============= ===================================================================
 
 A path through ``K`` emitting states in ``T`` frames costs ``-(T - K) log a - K log(1 - a)`` for its
