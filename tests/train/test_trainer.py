@@ -338,6 +338,9 @@ class _OfObjects(CrossEntropy):
     def weight(self, target: list[_Classes]) -> torch.Tensor:
         return torch.tensor(sum(map(len, target)))
 
+    def correct(self, output: torch.Tensor, target: list[_Classes]) -> None:
+        return None
+
 
 def test_of_one_frame_an_update_sees_one_utterance(tmp_path: Path) -> None:
     """Whole utterances of any length, as sequence losses want them, by the options of a job."""
