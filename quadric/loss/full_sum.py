@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from quadric.lattice.automaton import Automaton
 from quadric.lattice.semiring import forward_backward_batch
-from quadric.loss.loss import Loss
+from quadric.loss.loss import Loss, check_log_prior, check_utterances
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,7 @@ class FullSum(Loss):
         self, log_prior: Float[Tensor, " C"], *, scale: float = 1.0, prior_scale: float = 0.0, jobs: int = 1
     ) -> None:
         super().__init__()
-        if log_prior.ndim != 1 or not bool(torch.isfinite(log_prior).all()):
-            raise ValueError(
-                f"log_prior must be a vector of finite log probabilities, not {tuple(log_prior.shape)} with "
-                f"{int((~torch.isfinite(log_prior)).sum())} entries not finite: floor the prior"
-            )
+        check_log_prior(log_prior)
         if scale <= 0.0:
             raise ValueError(f"scale={scale} must be positive")
         self.register_buffer("log_prior", log_prior.detach().clone())
@@ -99,13 +95,7 @@ class FullSum(Loss):
         return f"outputs={len(self.log_prior)}, scale={self.scale}, prior_scale={self.prior_scale}"
 
     def _check(self, output: Tensor, target: Sequence[FullSumTarget]) -> None:
-        if output.ndim != 3 or output.shape[-1] != len(self.log_prior):
-            raise ValueError(f"output must be [B, T, {len(self.log_prior)}], not {list(output.shape)}")
-        if len(target) != len(output):
-            raise ValueError(f"target has {len(target)} utterances, output has {len(output)}")
-        longest = max(map(len, target), default=0)
-        if longest > output.shape[1]:
-            raise ValueError(f"target has an utterance of {longest} frames, output only {output.shape[1]}")
+        check_utterances(output, target, len(self.log_prior), "an utterance")
 
 
 class _SumLogZ(torch.autograd.Function):

@@ -6,7 +6,7 @@ in the `Objective`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence, Sized
 from typing import Any
 
 import torch
@@ -65,6 +65,26 @@ class Loss(nn.Module):
         raise NotImplementedError(
             f"{type(self).__name__} is no distribution of targets: use another curvature than Curvature.FISHER"
         )
+
+
+def check_log_prior(log_prior: Tensor) -> None:
+    """Refuses what is no vector of finite log probabilities."""
+    if log_prior.ndim != 1 or not bool(torch.isfinite(log_prior).all()):
+        raise ValueError(
+            f"log_prior must be a vector of finite log probabilities, not {tuple(log_prior.shape)} with "
+            f"{int((~torch.isfinite(log_prior)).sum())} entries not finite: floor the prior"
+        )
+
+
+def check_utterances(output: Tensor, target: Sequence[Sized], outputs: int, what: str) -> None:
+    """Refuses an output that is not [B, T, ``outputs``] or has too few utterances or frames for its targets."""
+    if output.ndim != 3 or output.shape[-1] != outputs:
+        raise ValueError(f"output must be [B, T, {outputs}], not {list(output.shape)}")
+    if len(target) != len(output):
+        raise ValueError(f"target has {len(target)} utterances, output has {len(output)}")
+    longest = max(map(len, target), default=0)
+    if longest > output.shape[1]:
+        raise ValueError(f"target has {what} of {longest} frames, output only {output.shape[1]}")
 
 
 class CrossEntropy(Loss):

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from quadric.lattice.expectation import PathSums, path_sums_batch
 from quadric.lattice.lattice import Lattice, StatePath
-from quadric.loss.loss import Loss
+from quadric.loss.loss import Loss, check_log_prior, check_utterances
 from quadric.loss.sequence_target import OutputCurvature, SequenceTarget, Teacher
 
 Product = Callable[[Tensor], Tensor]
@@ -73,11 +73,7 @@ class SequenceLoss(Loss, ABC):
         jobs: int = 1,
     ) -> None:
         super().__init__()
-        if log_prior.ndim != 1 or not bool(torch.isfinite(log_prior).all()):
-            raise ValueError(
-                f"log_prior must be a vector of finite log probabilities, not {tuple(log_prior.shape)} with "
-                f"{int((~torch.isfinite(log_prior)).sum())} entries not finite: floor the prior"
-            )
+        check_log_prior(log_prior)
         if not 0.0 < scale < math.inf:
             raise ValueError(f"scale={scale} must be positive: the acoustic scale, such as 0.1")
         if not 0.0 <= smoothing <= 1.0:
@@ -229,13 +225,7 @@ class SequenceLoss(Loss, ABC):
         return total
 
     def _check(self, output: Tensor, target: Sequence[SequenceTarget]) -> None:
-        if output.ndim != 3 or output.shape[-1] != len(self.log_prior):
-            raise ValueError(f"output must be [B, T, {len(self.log_prior)}], not {list(output.shape)}")
-        if len(target) != len(output):
-            raise ValueError(f"target has {len(target)} utterances, output has {len(output)}")
-        longest = max(map(len, target), default=0)
-        if longest > output.shape[1]:
-            raise ValueError(f"target has a lattice of {longest} frames, output only {output.shape[1]}")
+        check_utterances(output, target, len(self.log_prior), "a lattice")
         for u in target:
             self._checked(u)
             if self.anchor and u.teacher is None:
