@@ -35,11 +35,11 @@ from quadric.train.pipeline import run
 Grid = Mapping[str, Sequence[object]]
 
 GRIDS: dict[str, Grid] = {
-    "sgd": {"lr": (3e-3, 1e-2, 3e-2, 1e-1)},
-    "adam": {"lr": (3e-6, 1e-5, 3e-5, 1e-4)},
-    "natural_gradient": {"iterations": (8,)},
-    "hessian_free": {"damping": (0.1,)},
-    "nghf": {"iterations": (8,)},
+    "sgd": {"lr": (1e-1, 3e-1, 1.0)},
+    "adam": {"lr": (1e-4, 3e-4, 1e-3)},
+    "natural_gradient": {"gradient_frames": (50_000,), "iterations": (8,)},
+    "hessian_free": {"gradient_frames": (50_000,), "damping": (0.1,)},
+    "nghf": {"gradient_frames": (50_000, 100_000), "iterations": (8,)},
 }
 """Of every method the options that are searched, and the values that are tried."""
 
@@ -79,7 +79,7 @@ class Trained:
         """Numbers for the table."""
         steps = [record["solver_steps"] for record in self.log if "solver_steps" in record]
         return {
-            **self.setting,
+            "setting": dict(self.setting),
             "updates": self.log[-1]["update"],
             "seconds": self.log[-1]["seconds"],
             "kept_updates": self.kept["update"],
@@ -130,7 +130,7 @@ def _one_network(network: str, chosen: argparse.Namespace, table: Table) -> None
         _add(table, network, method, best[method], _compare(rival, best[method]))
 
 
-_RECURRENT = ["network.sizes=[128,128]", "network.feed_forward=[128]"]
+_RECURRENT = ["network.sizes=[128]", "network.feed_forward=[128]"]
 
 NETWORKS: dict[str, list[str]] = {
     "dnn": ["network.kind=dnn", "network.sizes=[384,384,384,384]"],
@@ -156,7 +156,7 @@ def _train(
         if method not in _FIRST_ORDER:
             options += [
                 f"sequence.{method}.{option}={getattr(chosen, option)}"
-                for option in ("gradient_frames", "curvature_frames", "epochs")
+                for option in ("curvature_frames", "epochs")
             ]
         options += [f"sequence.{method}.{key}={value}" for key, value in setting.items()]
     run(make_job(chosen.recipe, options), work, progress=bar)
@@ -214,8 +214,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--methods", nargs="+", choices=GRIDS, default=list(GRIDS))
     parser.add_argument("--criterion", choices=["mmi", "mpe", "smbr"], default="mpe")
-    parser.add_argument("--gradient-frames", type=int, default=50_000, help="of second-order updates")
-    parser.add_argument("--curvature-frames", type=int, default=6_000)
+    parser.add_argument("--curvature-frames", type=int, default=6_000, help="of second-order updates")
     parser.add_argument("--epochs", type=float, default=4.0, help="of second-order trainings")
     parser.add_argument("--work", type=Path, default=Path("exp/sequence"), help="folder of working folders")
     parser.add_argument("--json", type=Path, help="file for the rows, those of settings that were not chosen as well")

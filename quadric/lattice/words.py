@@ -3,30 +3,73 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numba
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Float32, Int32
 
 from quadric.lattice.lattice import Lattice
 
 
-def best_words(lattice: Lattice, scores: Float[np.ndarray, "T C"]) -> tuple[int, ...]:
-    """The labels along the best path under the weights of the lattice and ``scores``; of equals, the first.
+@dataclass(frozen=True)
+class Rescorable:
+    """What the best words of a lattice under other weights depend on: of each arc, what is said of it apart.
 
-    Raises ``ValueError`` if ``scores`` are of another number of frames, have too few columns, or hold NaN or ``+inf``.
+    Attributes:
+        source, target: states of each arc.
+        word: its label, 0 for none.
+        graph: its weight in the graph.
+        acoustic: its score.
+        final: of the last states.
+        num_states, num_frames: of the lattice.
     """
-    if np.ndim(scores) != 2 or len(scores) != lattice.num_frames or scores.shape[1] < lattice.num_pdfs:
-        raise ValueError(
-            f"scores has shape {np.shape(scores)}; the lattice has {lattice.num_frames} frames and emits pdf "
-            f"{lattice.num_pdfs - 1}"
-        )
-    values = lattice.weight + np.asarray(scores)[lattice.frame, lattice.pdf].astype(np.float64)
-    if np.any(np.isnan(values) | np.isposinf(values)):
-        raise ValueError("scores must hold natural logarithms, neither NaN nor +inf: the network has diverged")
-    path = _best_path(lattice.source, lattice.target, values, lattice.final, lattice.num_states, lattice.num_frames)
-    words = lattice.word[path]
-    return tuple(words[words > 0].tolist())
+
+    source: Int32[np.ndarray, " A"]
+    target: Int32[np.ndarray, " A"]
+    word: Int32[np.ndarray, " A"]
+    graph: Float32[np.ndarray, " A"]
+    acoustic: Float32[np.ndarray, " A"]
+    final: Float[np.ndarray, " F"]
+    num_states: int
+    num_frames: int
+
+    @classmethod
+    def of(cls, lattice: Lattice, scores: Float[np.ndarray, "T C"]) -> Rescorable:
+        """A lattice and its scores, natural logarithms.
+
+        Raises ``ValueError`` if ``scores`` are of another number of frames, have too few columns, or hold NaN or
+        ``+inf``.
+        """
+        if np.ndim(scores) != 2 or len(scores) != lattice.num_frames or scores.shape[1] < lattice.num_pdfs:
+            raise ValueError(
+                f"scores has shape {np.shape(scores)}; the lattice has {lattice.num_frames} frames and emits pdf "
+                f"{lattice.num_pdfs - 1}"
+            )
+        acoustic = np.asarray(scores)[lattice.frame, lattice.pdf].astype(np.float32)
+        if np.any(np.isnan(acoustic) | np.isposinf(acoustic)):
+            raise ValueError("scores must hold natural logarithms, neither NaN nor +inf: the network has diverged")
+        return cls(
+            lattice.source, lattice.target, lattice.word, lattice.weight, acoustic, lattice.final,
+            lattice.num_states, lattice.num_frames,
+        )  # fmt: skip
+
+    def best_words(self, acoustic_scale: float = 1.0, word_penalty: float = 0.0) -> tuple[int, ...]:
+        """The labels along the best path; of equals, the first.
+
+        Args:
+            acoustic_scale: of the scores.
+            word_penalty: cost of every word, in nats.
+        """
+        values = self.graph + acoustic_scale * self.acoustic.astype(np.float64) - word_penalty * (self.word > 0)
+        path = _best_path(self.source, self.target, values, self.final, self.num_states, self.num_frames)
+        words = self.word[path]
+        return tuple(words[words > 0].tolist())
+
+
+def best_words(lattice: Lattice, scores: Float[np.ndarray, "T C"]) -> tuple[int, ...]:
+    """The labels along the best path under the weights of the lattice and ``scores``, see `Rescorable`."""
+    return Rescorable.of(lattice, scores).best_words()
 
 
 def oracle_errors(lattice: Lattice, words: Sequence[int]) -> int:

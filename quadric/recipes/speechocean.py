@@ -33,7 +33,7 @@ def speechocean(data: Path, seed: int = 0) -> Job:
         chunk=80,
         first_order=FirstOrder(epochs=3, gradient_frames=1024),
         hessian_free=HessianFree(epochs=1, gradient_frames=120_000, curvature_frames=10_000, max_steps=12),
-        decoding=Decoding(11.0, 2000, lm_weights=(7.0, 10.0, 13.0), word_penalties=(0.0, 1.0), sweep_utterances=80),
+        decoding=Decoding(11.0, 2000, lm_weights=(8.0, 9.0, 10.0, 11.0, 12.0), word_penalties=(0.0, 0.5, 1.0, 1.5)),
         autocast=True,
         seed=seed,
     )

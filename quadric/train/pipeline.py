@@ -10,16 +10,12 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from quadric.comm.communicator import Communicator, Solo
 from quadric.files import new_file
 from quadric.progress import Progress, silent
 from quadric.speech import scoring
-from quadric.speech.corpus import Corpus
-from quadric.speech.decoding import Decoder, search
-from quadric.speech.scoring import Errors
 from quadric.train.criterion import SequenceTraining
 from quadric.train.decode import write_decoded
 from quadric.train.finished import describe, environment, report, scores
@@ -32,6 +28,7 @@ from quadric.train.stages import Stages, alone_in, plain, reading
 from quadric.train.system import System
 from quadric.train.training import Sets, fit, network, realigned, trained
 from quadric.train.units import Units, choose_units
+from quadric.train.weights import choose_weights
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +158,7 @@ def _tested(job: Job, link: Path, prepared: Prepared, units: Units, folder: Path
         with reading(units.graph.parent):
             decoding = system.decoder(jobs=job.jobs)
         with decoding as decoder:
-            system = _tuned(job, prepared, system, decoder, out, progress)
+            system = _tuned(job, prepared, system, out, progress)
             for split in ("dev", "test"):
                 corpus = prepared.corpora[split]
                 scores = system.likelihoods(prepared.features[split], autocast=job.autocast)
@@ -178,31 +175,14 @@ def _tested(job: Job, link: Path, prepared: Prepared, units: Units, folder: Path
     _point(link, folder)
 
 
-def _tuned(job: Job, prepared: Prepared, system: System, decoder: Decoder, out: Path, progress: Progress) -> System:
-    """The system with the weights that make the fewest errors on (a part of) the development set."""
-    corpus = _spread(prepared.corpora["dev"], job.decoding.sweep_utterances)
-    likelihoods = system.likelihoods(prepared.features["dev"], autocast=job.autocast)
-    scores = {u.id: likelihoods[u.id] for u in corpus}
-    references = {u.id: u.words for u in corpus}
-    tried: dict[tuple[float, float], Errors] = {}
-
-    def errors_at(lm_weight: float, word_penalty: float) -> int:
-        found = system.tuned(lm_weight, word_penalty).recognise(decoder, scores, progress=progress)
-        total = scoring.score(references, {id: hypothesis.words for id, hypothesis in found.items()}).total
-        tried[lm_weight, word_penalty] = total
-        return total.errors
-
-    best = search(errors_at, lm_weights=job.decoding.lm_weights, word_penalties=job.decoding.word_penalties).best
-    rows = [{"lm_weight": w, "word_penalty": p, **asdict(errors)} for (w, p), errors in tried.items()]
+def _tuned(job: Job, prepared: Prepared, system: System, out: Path, progress: Progress) -> System:
+    """The system with the weights that make the fewest errors on the development set."""
+    corpus, features = prepared.corpora["dev"], prepared.features["dev"]
+    best = choose_weights(system, corpus, features, autocast=job.autocast, jobs=job.jobs, progress=progress)
+    rows = [{"lm_weight": w, "word_penalty": p, **asdict(errors)} for (w, p), errors in best.tried.items()]
     chosen = {"lm_weight": best.lm_weight, "word_penalty": best.word_penalty}
     (out / "sweep.json").write_text(json.dumps({"chosen": chosen, "tried": rows}, indent=1))
     return system.tuned(best.lm_weight, best.word_penalty)
-
-
-def _spread(corpus: Corpus, count: int) -> Corpus:
-    """``count`` evenly spaced utterances, or all."""
-    places = np.linspace(0, len(corpus) - 1, min(count, len(corpus))).round().astype(int)
-    return Corpus(corpus.name, tuple(corpus.utterances[place] for place in places))
 
 
 def _point(link: Path, folder: Path) -> None:

@@ -134,14 +134,15 @@ class Decoding:
         beam, max_active: of the search.
         lm_weights: language-model weights to try; the acoustic scale is one over it.
         word_penalties: costs per word to try, in nats.
-        sweep_utterances: of the development set, evenly spaced, that the sweep decodes; the result is reported on all.
+        sweep_utterances: of the development set, evenly spaced, whose lattices the sweep scores with all weights and
+            holds in memory; the result is reported on all.
     """
 
     beam: float = 13.0
     max_active: int = 4000
     lm_weights: tuple[float, ...] = (4.0, 6.0, 8.0, 10.0, 12.0)
     word_penalties: tuple[float, ...] = (-1.0, 0.0, 1.0, 2.0)
-    sweep_utterances: int = 200
+    sweep_utterances: int = 1000
 
     def __post_init__(self) -> None:
         check(self, beam=POSITIVE, max_active=POSITIVE, sweep_utterances=POSITIVE, lm_weights=ALL_POSITIVE)

@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from itertools import groupby, product
 
 import kaldifst
+import numpy as np
 
+from quadric.speech.graph import AlignmentGraphs
 from quadric.speech.lexicon import Lexicon
 from quadric.speech.topology import Tying
 
@@ -88,3 +90,25 @@ def _along_epsilons(reached: dict, arcs: list) -> dict:
         wave = {key: cost for key, cost in _along(wave, arcs, 0).items() if cost < total.get(key, math.inf)}
         total.update(wave)
     return total
+
+
+def spoken(words: tuple[str, ...], lexicon: Lexicon, tying: Tying, rng: np.random.Generator) -> list[int]:
+    """The pdfs of a random way to say words: pronunciations, silences, durations."""
+    automaton = AlignmentGraphs(lexicon, tying).automaton(words)
+    state, pdfs = automaton.start, []
+    while not (automaton.final[state] > -np.inf and rng.random() < 0.5):
+        arc = rng.integers(automaton.offsets[state], automaton.offsets[state + 1])
+        pdfs.append(int(automaton.pdf[arc]))
+        state = int(automaton.target[arc])
+    return pdfs
+
+
+def noiseless(pdfs: list[int], num_pdfs: int) -> np.ndarray:
+    """Scores that spell the truth."""
+    scores = np.full((len(pdfs), num_pdfs), -30.0, np.float32)
+    scores[np.arange(len(pdfs)), pdfs] = 0.0
+    return scores
+
+
+def noisy(pdfs: list[int], num_pdfs: int, rng: np.random.Generator) -> np.ndarray:
+    return (0.15 * noiseless(pdfs, num_pdfs) + rng.normal(scale=2.5, size=(len(pdfs), num_pdfs))).astype(np.float32)

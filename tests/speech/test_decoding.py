@@ -25,11 +25,11 @@ from quadric.speech.decoding import (
     Trial,
     search,
 )
-from quadric.speech.graph import AlignmentGraphs, decoding_graph, read_graph, write_graph
+from quadric.speech.graph import decoding_graph, read_graph, write_graph
 from quadric.speech.language_model import NGram
 from quadric.speech.lexicon import Lexicon
 from quadric.speech.topology import Tying, monophone
-from reference.spoken import transduce
+from reference.spoken import noiseless, noisy, spoken, transduce
 from reference.toy_language import LEXICON, TYINGS, triphone
 
 pytestmark = pytest.mark.speech
@@ -47,28 +47,6 @@ NUMBERS = Lexicon(
         }.items()
     )
 )
-
-
-def spoken(words: tuple[str, ...], lexicon: Lexicon, tying: Tying, rng: np.random.Generator) -> list[int]:
-    """The pdfs of a random way to say words: pronunciations, silences, durations."""
-    automaton = AlignmentGraphs(lexicon, tying).automaton(words)
-    state, pdfs = automaton.start, []
-    while not (automaton.final[state] > -np.inf and rng.random() < 0.5):
-        arc = rng.integers(automaton.offsets[state], automaton.offsets[state + 1])
-        pdfs.append(int(automaton.pdf[arc]))
-        state = int(automaton.target[arc])
-    return pdfs
-
-
-def noiseless(pdfs: list[int], num_pdfs: int) -> np.ndarray:
-    """Scores that spell the truth."""
-    scores = np.full((len(pdfs), num_pdfs), -30.0, np.float32)
-    scores[np.arange(len(pdfs)), pdfs] = 0.0
-    return scores
-
-
-def noisy(pdfs: list[int], num_pdfs: int, rng: np.random.Generator) -> np.ndarray:
-    return (0.15 * noiseless(pdfs, num_pdfs) + rng.normal(scale=2.5, size=(len(pdfs), num_pdfs))).astype(np.float32)
 
 
 class Task:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,20 +32,19 @@ from quadric.optim.second_order import SecondOrder, natural_gradient, nghf
 from quadric.progress import silent
 from quadric.recipes import digits
 from quadric.speech.corpus import Corpus, Utterance
-from quadric.speech.decoding import Hypothesis
 from quadric.speech.features import Fbank
 from quadric.speech.language_model import NGram
 from quadric.speech.normalisation import Normalisation
 from quadric.speech.scoring import read_text
 from quadric.speech.topology import Tying, monophone
-from quadric.train import checkpoint, finished, pipeline, sequence, training
+from quadric.train import checkpoint, finished, pipeline, sequence, training, weights
 from quadric.train.criterion import Competitors, Criterion, SequenceTraining, SGDPerUtterance
 from quadric.train.flat_start import Aligned
 from quadric.train.method import NGHF, FirstOrder, HessianFree, Method, NaturalGradient
 from quadric.train.metrics import MetricsLog
 from quadric.train.plan import Plan
 from quadric.train.prepare import Prepared
-from quadric.train.recipe import Decoding, Job, Network
+from quadric.train.recipe import Job, Network
 from quadric.train.sequence import LeftOut, SequenceSet
 from quadric.train.stages import Stages
 from quadric.train.system import Front
@@ -354,58 +352,9 @@ def test_a_realignment_is_by_the_trained_network(tmp_path: Path, monkeypatch: py
 )
 def test_a_part_of_a_corpus_is_spread_over_it(utterances: int, count: int, places: list[int]) -> None:
     whole = corpus("dev", utterances)
-    part = pipeline._spread(whole, count)
+    part = weights._spread(whole, count)
     assert part.name == whole.name
     assert [u.id for u in part] == [whole.utterances[place].id for place in places]
-
-
-@dataclass(frozen=True)
-class Guessing:
-    """Stands in for a system: the further its weights are from 6 and 1, the more utterances it gets wrong."""
-
-    lm_weight: float = 10.0
-    word_penalty: float = 0.0
-    calls: list[object] = field(default_factory=list)
-
-    @property
-    def wrong(self) -> int:
-        return 2 + round(abs(self.lm_weight - 6) + 3 * abs(self.word_penalty - 1))
-
-    def likelihoods(self, features: Mapping[str, np.ndarray], *, autocast: bool) -> Mapping[str, np.ndarray]:
-        self.calls.append(autocast)
-        return features
-
-    def tuned(self, lm_weight: float, word_penalty: float) -> Guessing:
-        return replace(self, lm_weight=lm_weight, word_penalty=word_penalty)
-
-    def recognise(
-        self, decoder: object, scores: Mapping[str, np.ndarray], *, progress: object
-    ) -> dict[str, Hypothesis]:
-        self.calls.append((decoder, tuple(scores)))
-        words = [("A",)] * self.wrong + [("A", "B")] * len(scores)
-        return {id: Hypothesis(id, said, 0.0, True, 9) for id, said in zip(scores, words, strict=False)}
-
-
-def test_the_weights_with_the_fewest_errors_are_taken(tmp_path: Path) -> None:
-    decoding = Decoding(lm_weights=(3.0, 6.0, 9.0), word_penalties=(0.0, 1.0, 2.0), sweep_utterances=12)
-    ready, _ = prepared()
-    dev = corpus("dev", 23)
-    features = {"dev": {u.id: np.zeros((9, 4), np.float32) for u in dev}}
-    ready = replace(ready, corpora={**ready.corpora, "dev": dev}, features={**ready.features, **features})
-    out = tmp_path / "decoded"
-    out.mkdir()
-    system, decoder = Guessing(), object()
-    chosen = pipeline._tuned(job(decoding=decoding), ready, system, decoder, out, silent)  # type: ignore[arg-type]
-    assert (chosen.lm_weight, chosen.word_penalty) == (6.0, 1.0)
-    autocast, *decoded = system.calls
-    assert autocast is True
-    assert set(decoded) == {(decoder, tuple(u.id for u in dev.utterances[::2]))}
-    sweep = finished._sweep_of("a name", tmp_path)
-    assert sweep.chosen == (6.0, 1.0)
-    assert len(sweep.errors) == len(decoded) >= 5
-    for pair, errors in sweep.errors.items():
-        assert errors.deletions == errors.errors == system.tuned(*pair).wrong and errors.words == 24
-    assert json.loads((out / "sweep.json").read_text())["chosen"] == {"lm_weight": 6.0, "word_penalty": 1.0}
 
 
 def test_the_errors_reported_are_those_of_what_was_recognised(tmp_path: Path) -> None:
