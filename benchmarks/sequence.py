@@ -130,13 +130,15 @@ def _one_network(network: str, chosen: argparse.Namespace, table: Table) -> None
         _add(table, network, method, best[method], _compare(rival, best[method]))
 
 
-_RECURRENT = ["network.sizes=[128]", "network.feed_forward=[128]"]
+def _recurrent(units: int) -> list[str]:
+    return [f"network.sizes=[{units}]", f"network.feed_forward=[{units}]"]
+
 
 NETWORKS: dict[str, list[str]] = {
     "dnn": ["network.kind=dnn", "network.sizes=[384,384,384,384]"],
     "tdnn": [],
-    "rnn": ["network.kind=rnn", *_RECURRENT],
-    "lstm": ["network.kind=lstm", *_RECURRENT],
+    "rnn": ["network.kind=rnn", *_recurrent(256)],
+    "lstm": ["network.kind=lstm", *_recurrent(128)],
 }
 """Sizes for two cores, the TDNN's those of the recipe; `network=paper-lstm` and the like are the paper's."""
 
@@ -155,8 +157,7 @@ def _train(
         options += [f"sequence.criterion.kind={chosen.criterion}", *(f"sequence.{other}=none" for other in others)]
         if method not in _FIRST_ORDER:
             options += [
-                f"sequence.{method}.{option}={getattr(chosen, option)}"
-                for option in ("curvature_frames", "epochs")
+                f"sequence.{method}.{option}={getattr(chosen, option)}" for option in ("curvature_frames", "epochs")
             ]
         options += [f"sequence.{method}.{key}={value}" for key, value in setting.items()]
     run(make_job(chosen.recipe, options), work, progress=bar)
