@@ -97,28 +97,46 @@ def _train_sequences(
     with reading(start):
         system = System.load(start / "system")
     scale = options.criterion.scale or 1 / system.lm_weight
-    loss = options.criterion.loss(torch.from_numpy(units.log_prior), scale, job.jobs)
-
-    def making() -> dict[Split, SequenceSet]:
-        competing = compete(options.competitors, prepared, system, scale, name, stages, progress, jobs=job.jobs)
-        missing = options.competitors.missing
-        return {split: targets(competition, loss, missing, progress, split) for split, competition in competing.items()}
-
-    sets = communicator.first_then_all("making lattices", making)
-    data = Sets(prepared, sets["train"].targets, sets["dev"].targets)
     network = replace(job.network, dropout=options.dropout)
-    for training, method in options.methods.items():
-        key = (network, options.criterion, options.competitors, scale, name, job.autocast, job.seed)
-        folder = communicator.first_then_all(
-            f"beginning {training}", partial(stages.folder, training, method, *key, prepared.key)
-        )
-        torch.manual_seed(job.seed)
-        model = network.build(prepared.dimension, units.tying.num_pdfs)
-        model.load_state_dict(system.model.state_dict())
-        fit(job, training, method, model, loss, data, folder, progress, communicator, chunk=None)
+    key = (network, options.criterion, options.competitors, scale, name, job.autocast, job.seed, prepared.key)
+
+    def begun() -> tuple[dict[str, Path], list[str]]:
+        folders = {training: stages.folder(training, method, *key) for training, method in options.methods.items()}
+        return folders, [training for training, folder in folders.items() if not (folder / _FACTS).is_file()]
+
+    folders, unfinished = communicator.first_then_all("beginning sequence training", begun)
+    if unfinished:
+        loss = options.criterion.loss(torch.from_numpy(units.log_prior), scale, job.jobs)
+
+        def making() -> dict[Split, SequenceSet]:
+            competing = compete(options.competitors, prepared, system, scale, name, stages, progress, jobs=job.jobs)
+            missing = options.competitors.missing
+            return {split: targets(each, loss, missing, progress, split) for split, each in competing.items()}
+
+        sets = communicator.first_then_all("making lattices", making)
+        data = Sets(prepared, sets["train"].targets, sets["dev"].targets)
+        facts = {name: value for split, found in sets.items() for name, value in found.facts(split).items()}
+        for training in unfinished:
+            torch.manual_seed(job.seed)
+            model = network.build(prepared.dimension, units.tying.num_pdfs)
+            model.load_state_dict(system.model.state_dict())
+            method, folder = options.methods[training], folders[training]
+            fit(job, training, method, model, loss, data, folder, progress, communicator, chunk=None)
+            communicator.first(f"ending {training}", partial(_write_json, folder / _FACTS, facts))
+    for training, folder in folders.items():
         tested = partial(_tested, job, work / training, prepared, units, folder, progress)
         communicator.first(f"decoding by {training}", tested)
-    return {name: value for split, found in sets.items() for name, value in found.facts(split).items()}
+    with reading(folder):
+        return dict(json.loads((folder / _FACTS).read_text()))
+
+
+_FACTS = "sets.json"
+"""In the folder of a finished sequence training: what its sets were."""
+
+
+def _write_json(file: Path, value: object) -> None:
+    with new_file(file) as temporary:
+        temporary.write_text(json.dumps(value, indent=1))
 
 
 def _finished(
@@ -135,8 +153,7 @@ def _finished(
         "sequence": competitors,
         "environment": plain(environment(job.seed)),
     }
-    with new_file(work / "job.json") as temporary:
-        temporary.write_text(json.dumps(summary, indent=1))
+    _write_json(work / "job.json", summary)
     report(work)
 
 
@@ -181,7 +198,7 @@ def _tuned(job: Job, prepared: Prepared, system: System, out: Path, progress: Pr
     best = choose_weights(system, corpus, features, autocast=job.autocast, jobs=job.jobs, progress=progress)
     rows = [{"lm_weight": w, "word_penalty": p, **asdict(errors)} for (w, p), errors in best.tried.items()]
     chosen = {"lm_weight": best.lm_weight, "word_penalty": best.word_penalty}
-    (out / "sweep.json").write_text(json.dumps({"chosen": chosen, "tried": rows}, indent=1))
+    _write_json(out / "sweep.json", {"chosen": chosen, "tried": rows})
     return system.tuned(best.lm_weight, best.word_penalty)
 
 

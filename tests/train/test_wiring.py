@@ -508,3 +508,6 @@ def test_a_sequence_training_is_given_all_it_is_told(
             assert torch.equal(made["model"].state_dict()[key], value), key
         assert {part.p for part in made["model"].modules() if isinstance(part, nn.Dropout)} == {0.15}
         assert made["folder"].name.startswith(made["name"] + "-")
+    again = pipeline._train_sequences(chosen, chosen.sequence, tmp_path, ready, units, Stages(tmp_path), silent, Solo())
+    assert again == facts
+    assert [len(calls) for calls in rooms.values()] == [1, 2, 2], "what is finished needs no lattices"
