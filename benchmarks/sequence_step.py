@@ -107,7 +107,11 @@ def material(chosen: argparse.Namespace, kind: str = "same_frame") -> Material:
     loss = replace(options.criterion, curvature=kind).loss(torch.from_numpy(units.log_prior), scale, 1)
     key = (chosen.work / name).resolve().name
     competing = compete(options.competitors, prepared, system, scale, key, stages, silent, jobs=1)
-    sets = {split: targets(each, loss, "add", silent, split).targets for split, each in competing.items()}
+    sharpness = options.criterion.sharpness
+    sets = {
+        split: targets(each, loss, "add", silent, split, sharpness=sharpness).targets
+        for split, each in competing.items()
+    }
     return Material(job, prepared, system, loss, dict(sets["train"]), dict(sets["dev"]))
 
 

@@ -26,6 +26,10 @@ class Criterion:
         kind: ``"mmi"`` the posterior of the reference, ``"mpe"`` the expected accuracy of phones, ``"smbr"`` that of
             states.
         scale: kappa, of the acoustic scores; None: that of decoding, one over the language-model weight.
+        sharpness: times all scores of a path, acoustic and of the language model, after ``scale``: probabilities of
+            paths are raised to this power. Where the network is unsure, most of the criterion is about paths that
+            decoding would never choose, and grows by being surer rather than by being right; above 1 the likeliest
+            paths count for more, and the criterion comes nearer to the errors of decoding.
         boost: of MMI: how much paths gain, in nats, for every wrong frame.
         accuracy: of MPE: ``"approximate"`` by overlap, ``"exact"`` by edit distance, ``"frame"`` by frame.
         one_silence_class: of sMBR: any state of silence is right for any other; if not, silence is never right.
@@ -37,6 +41,7 @@ class Criterion:
 
     kind: Literal["mmi", "mpe", "smbr"] = "smbr"
     scale: float | None = None
+    sharpness: float = 1.0
     boost: float = 0.0
     accuracy: Literal["approximate", "exact", "frame"] = "approximate"
     one_silence_class: bool = True
@@ -46,14 +51,16 @@ class Criterion:
     fisher: Literal["frame", "utterance"] = "frame"
 
     def __post_init__(self) -> None:
-        check(self, scale=NONE_OR_POSITIVE, boost=NOT_NEGATIVE, smoothing=SHARE, anchor=NOT_NEGATIVE)
+        check(
+            self, scale=NONE_OR_POSITIVE, sharpness=POSITIVE, boost=NOT_NEGATIVE, smoothing=SHARE, anchor=NOT_NEGATIVE
+        )
         if self.boost and self.kind != "mmi":
             raise ValueError(f"boost={self.boost}: only mmi is boosted; kind is {self.kind}")
 
     def loss(self, log_prior: Float[Tensor, " C"], scale: float, jobs: int) -> SequenceLoss:
-        """The loss over outputs whose first phone is silence, at the acoustic ``scale``."""
+        """The loss over outputs whose first phone is silence, at the acoustic ``scale``; for lattices as sharp."""
         options: Options = {
-            "scale": scale,
+            "scale": scale * self.sharpness,
             "smoothing": self.smoothing,
             "anchor": self.anchor,
             "curvature": OutputCurvature[self.curvature.upper()],

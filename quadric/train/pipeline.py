@@ -110,8 +110,11 @@ def _train_sequences(
 
         def making() -> dict[Split, SequenceSet]:
             competing = compete(options.competitors, prepared, system, scale, name, stages, progress, jobs=job.jobs)
-            missing = options.competitors.missing
-            return {split: targets(each, loss, missing, progress, split) for split, each in competing.items()}
+            missing, sharpness = options.competitors.missing, options.criterion.sharpness
+            return {
+                split: targets(each, loss, missing, progress, split, sharpness=sharpness)
+                for split, each in competing.items()
+            }
 
         sets = communicator.first_then_all("making lattices", making)
         data = Sets(prepared, sets["train"].targets, sets["dev"].targets)

@@ -11,7 +11,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int32
 
 from quadric.lattice.labelled import LabelledAutomaton
-from quadric.lattice.lattice import StatePath
+from quadric.lattice.lattice import Lattice, StatePath
 from quadric.lattice.paths import contains, path_weight, with_path
 from quadric.loss.sequence import SequenceLoss, SequenceTarget
 from quadric.progress import Progress
@@ -142,11 +142,18 @@ def compete(
 
 
 def targets(
-    competition: Competition, loss: SequenceLoss, missing: Literal["add", "skip"], progress: Progress, split: Split
+    competition: Competition,
+    loss: SequenceLoss,
+    missing: Literal["add", "skip"],
+    progress: Progress,
+    split: Split,
+    *,
+    sharpness: float = 1.0,
 ) -> SequenceSet:
     """What ``loss`` is taken against, for every utterance that allows it; the others are left out and told.
 
-    A reference that its lattice does not hold is put into it, or, if ``missing`` says so, the utterance left out.
+    A reference that its lattice does not hold is put into it, or, if ``missing`` says so, the utterance left out. The
+    weights of all paths are then multiplied by ``sharpness``.
 
     Raises:
         ValueError: none is left.
@@ -166,8 +173,9 @@ def targets(
             left_out[id] = LeftOut("reference not in its lattice", "its lattice does not hold its reference")
             continue
         teacher = _likeliest(competition.scores.posteriors(id)) if loss.anchor else None
+        whole = lattice if held else with_path(lattice, reference)
         try:
-            wanted[id] = loss.target(lattice if held else with_path(lattice, reference), reference, teacher=teacher)
+            wanted[id] = loss.target(*_sharpened(whole, reference, sharpness), teacher=teacher)
         except ValueError as error:
             left_out[id] = LeftOut("no target of the criterion", str(error))
             continue
@@ -249,6 +257,15 @@ def state_path(pdfs: Int32[np.ndarray, " T"], tying: Tying, weight: float = 0.0)
     begins = np.zeros(len(pdfs), np.bool_)
     begins[[segment.start for segment in phone_segments(pdfs, tying)]] = True
     return StatePath(np.ascontiguousarray(pdfs, np.int32), tying.phone_of_pdf[pdfs], begins, weight)
+
+
+def _sharpened(lattice: Lattice, reference: StatePath, by: float) -> tuple[Lattice, StatePath]:
+    """Both with their weights in the graph multiplied."""
+    weight = (by * lattice.weight).astype(np.float32)
+    return (
+        replace(lattice, weight=weight, final=by * lattice.final),
+        replace(reference, weight=by * reference.weight),
+    )
 
 
 def _likeliest(posteriors: Float[torch.Tensor, "T C"]) -> tuple[np.ndarray, np.ndarray]:

@@ -19,6 +19,7 @@ from quadric.speech.corpus import Corpus, Utterance
 from quadric.train.criterion import AdamPerUtterance, Competitors, Criterion, SequenceTraining, SGDPerUtterance
 from quadric.train.overrides import override
 from quadric.train.sequence import Competition, LeftOut, targets
+from reference.searches import lattice_paths, score
 from reference.sequence import PDFS, utterance
 
 pytestmark = pytest.mark.speech
@@ -95,6 +96,19 @@ def test_references_are_added_where_they_are_missing() -> None:
         "train: references added to their lattices": 2,
         "train: arcs a frame of the lattices": round(made.arcs / sum(FRAMES), 1),
     }
+
+
+def test_sharper_paths_have_their_probabilities_raised_to_a_power() -> None:
+    """Of every path, by listing them."""
+    plain, sharp = (targets(competition(), smbr(), "add", silent, "train", sharpness=by).targets for by in (1.0, 2.5))
+    for id, target in sharp.items():
+        assert target.reference.weight == 2.5 * plain[id].reference.weight
+        silence = np.zeros((len(target), PDFS))
+        before, after = (list(lattice_paths(of.lattice)) for of in (plain[id], target))
+        assert len(before) == len(after) > 1
+        for one, other in zip(before, after, strict=True):
+            assert [step[:4] for step in one[0]] == [step[:4] for step in other[0]]
+            assert score(*other, silence) == pytest.approx(2.5 * score(*one, silence), abs=1e-5)
 
 
 def test_utterances_are_skipped_where_they_are_missing(caplog: pytest.LogCaptureFixture) -> None:

@@ -464,7 +464,7 @@ def test_competitors_are_what_was_asked_for(tmp_path: Path, monkeypatch: pytest.
 def test_a_sequence_training_is_given_all_it_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scale: float | None
 ) -> None:
-    criterion = Criterion("mpe", scale, accuracy="frame", smoothing=0.1, anchor=0.2, fisher="utterance")
+    criterion = Criterion("mpe", scale, 3.0, accuracy="frame", smoothing=0.1, anchor=0.2, fisher="utterance")
     ways = {"sgd": SGDPerUtterance(lr=0.3), "nghf": NGHF(iterations=2)}
     chosen = job(sequence=SequenceTraining(criterion, COMPETITORS, "hessian_free", dropout=0.15, **ways))
     ready, units = prepared()
@@ -479,7 +479,7 @@ def test_a_sequence_training_is_given_all_it_is_told(
         loads.append(folder)
         return Scoring(first)
 
-    def aimed(competition: str, *_: Any) -> SequenceSet:
+    def aimed(competition: str, *_: Any, **__: Any) -> SequenceSet:
         return SequenceSet({competition: None}, 1, {}, 2.5)  # type: ignore[dict-item]
 
     results = {"compete": lambda *_, **__: {"train": "T", "dev": "D"}, "targets": aimed, "fit": lambda *_, **__: None}
@@ -496,9 +496,10 @@ def test_a_sequence_training_is_given_all_it_is_told(
     assert (competing["options"], competing["scale"], competing["key"]) == (COMPETITORS, kappa, "hessian_free-1")
     assert competing["jobs"] == chosen.jobs and competing["prepared"] is ready
     assert (train["competition"], dev["competition"]) == ("T", "D")
+    assert train["sharpness"] == dev["sharpness"] == 3.0
     assert train["missing"] == dev["missing"] == "skip" and train["loss"] is dev["loss"]
     loss = train["loss"]
-    assert isinstance(loss, MPE) and (loss.scale, loss.counts, loss.smoothing) == (kappa, "frame", 0.1)
+    assert isinstance(loss, MPE) and (loss.scale, loss.counts, loss.smoothing) == (3.0 * kappa, "frame", 0.1)
     np.testing.assert_array_equal(loss.log_prior.numpy(), units.log_prior)
     assert [made["name"] for made in rooms["fit"]] == ["mpe_sgd", "mpe_nghf"]
     for made, method in zip(rooms["fit"], ways.values(), strict=True):
