@@ -1,10 +1,12 @@
 """The paper's table: sequence training by every optimiser, each architecture from its own cross-entropy network.
 
-    python benchmarks/sequence.py an4 data=PATH/an4_mfcc --networks tdnn lstm [--criterion mpe] [--work exp/sequence]
+    python benchmarks/sequence.py an4 data=PATH/an4_mfcc --networks tdnn lstm [--criterion mpe]
+        [--sequence criterion.smoothing=0.02 ...] [--work exp/sequence] [--json FILE]
 
 For each network: training by cross-entropy, its lattices, and from there every method with every setting of its grid
 (``GRIDS``; `--methods` chooses). A setting is chosen by its errors on dev, with the decoding weights that are best for
-it; test is read for the chosen one. `OPTION=VALUE` goes to the recipe, as in ``quadric train``.
+it; test is read for the chosen one. `OPTION=VALUE` goes to the recipe, as in ``quadric train``; those after
+`--sequence`, without their ``sequence.``, to the sequence trainings alone.
 
 Columns: updates and seconds to the end and to the parameters that were kept; iterations of conjugate gradients an
 update; the criterion on dev (sequence accuracy for MPE and sMBR); word error rate on dev and on test; and the
@@ -39,7 +41,7 @@ GRIDS: dict[str, Grid] = {
     "adam": {"lr": (1e-4, 3e-4, 1e-3)},
     "natural_gradient": {"gradient_frames": (50_000,), "iterations": (8,)},
     "hessian_free": {"gradient_frames": (50_000,), "damping": (0.1,)},
-    "nghf": {"gradient_frames": (50_000, 100_000), "iterations": (8,)},
+    "nghf": {"gradient_frames": (50_000, 100_000), "iterations": (8,), "candidates": ("backwards",)},
 }
 """Of every method the options that are searched, and the values that are tried."""
 
@@ -160,6 +162,7 @@ def _train(
                 f"sequence.{method}.{option}={getattr(chosen, option)}" for option in ("curvature_frames", "epochs")
             ]
         options += [f"sequence.{method}.{key}={value}" for key, value in setting.items()]
+        options += [f"sequence.{option}" for option in chosen.sequence]
     run(make_job(chosen.recipe, options), work, progress=bar)
     return Trained.of(work / name, setting)
 
@@ -215,6 +218,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--methods", nargs="+", choices=GRIDS, default=list(GRIDS))
     parser.add_argument("--criterion", choices=["mmi", "mpe", "smbr"], default="mpe")
+    parser.add_argument(
+        "--sequence",
+        nargs="+",
+        default=[],
+        metavar="OPTION=VALUE",
+        help="of sequence trainings: criterion.smoothing=0.02",
+    )
     parser.add_argument("--curvature-frames", type=int, default=6_000, help="of second-order updates")
     parser.add_argument("--epochs", type=float, default=4.0, help="of second-order trainings")
     parser.add_argument("--work", type=Path, default=Path("exp/sequence"), help="folder of working folders")
