@@ -21,6 +21,8 @@ _ORDER, _SAMPLE, _TRANSFORM, _SAMPLE_TRANSFORM = range(4)
 _LISTED = 10
 MICRO_FRAMES = 10_000
 """The most frames of a minibatch, if nothing else is said."""
+_MOST_PADDING = 512
+"""Frames of a minibatch that are padding: more of them cost more than another minibatch does."""
 
 
 class FrameStream:
@@ -222,13 +224,16 @@ class FrameStream:
         return self._windows[items, 2] - self._windows[items, 1]
 
     def _pack(self, items: Items, most: int) -> Iterator[Items]:
-        """Splits ``items``, longest first, into minibatches of ``most`` frames when padded."""
+        """Splits ``items``, longest first, into minibatches of ``most`` frames when padded, and little padding."""
         lengths = self._lengths(items)
         longest_first = np.argsort(-lengths, kind="stable")
         start = 0
         while start < len(items):
-            fits = max(1, most // int(lengths[longest_first[start]]))
-            yield items[longest_first[start : start + fits]]
+            longest = int(lengths[longest_first[start]])
+            fitting = longest_first[start : start + max(1, most // longest)]
+            padding = np.cumsum(longest - lengths[fitting])
+            fits = int(np.searchsorted(padding, _MOST_PADDING, side="right"))
+            yield items[fitting[:fits]]
             start += fits
 
     def _batch(self, items: Items) -> Batch:

@@ -92,6 +92,26 @@ def test_whole_utterances_of_similar_length_share_a_minibatch() -> None:
     assert sum(batch.target.numel() for batch in batches) < 1.05 * sum(lengths)
 
 
+@given(lengths=st.lists(st.integers(1, 900), min_size=1, max_size=40), micro=st.sampled_from([500, 2000, 10_000]))
+def test_minibatches_have_little_padding_and_none_is_made_in_vain(lengths: list[int], micro: int) -> None:
+    batches = [frames_of(batch) for batch in stream(lengths, chunk=None, micro_frames=micro).everything()]
+    assert sorted(length for batch in batches for length in batch) == sorted(lengths)
+    for batch, following in zip(batches, [*batches[1:], None], strict=True):
+        assert padding(batch) <= 512
+        if following is not None:
+            more = [*batch, max(following)]
+            assert padding(more) > 512 or max(more) * len(more) > micro
+
+
+def frames_of(batch: Batch) -> list[int]:
+    """Of every utterance in a minibatch."""
+    return (batch.target >= 0).sum(1).tolist()
+
+
+def padding(lengths: list[int]) -> int:
+    return max(lengths) * len(lengths) - sum(lengths)
+
+
 def test_epochs_and_seeds_differ() -> None:
     total = sum(LENGTHS)
     # One item per minibatch shows the order: with equal lengths nothing is sorted.
