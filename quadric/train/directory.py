@@ -67,7 +67,7 @@ def align_directory(
     """
     check_output(out)
     with alone_in(out, "out"):
-        scored = _score(folder, corpus, out, jobs, progress)
+        scored = _score(System.load(folder), corpus, out, jobs, progress)
         system, left_out = scored.system, scored.left_out
         scores = system.likelihoods(scored.features)
         transcripts = {}
@@ -133,9 +133,9 @@ def lattice_directory(
         raise ValueError(f"lm_weight={lm_weight} must be a positive number")
     check_output(out)
     with alone_in(out, "out"):
-        scored = _score(folder, corpus, out, jobs, progress)
-        system = scored.system
+        system = System.load(folder)
         graph = read_graph(system.graph) if arpa is None else decoding_graph(system.lexicon, arpa, system.tying)
+        scored = _score(system, corpus, out, jobs, progress)
         scale = 1 / (system.lm_weight if lm_weight is None else lm_weight)
         labelled = to_labelled(graph, system.tying)
         made_from = {
@@ -185,8 +185,7 @@ def _oracle(made: Lattices, corpus: Corpus, lexicon: Lexicon, progress: Progress
     return [f"oracle %WER {100 * errors / words:.2f} [ {errors} / {words} ]: the best paths of {len(said)} lattices"]
 
 
-def _score(folder: Path, corpus: Corpus, out: Path, jobs: int, progress: Progress) -> _Scored:
-    system = System.load(folder)
+def _score(system: System, corpus: Corpus, out: Path, jobs: int, progress: Progress) -> _Scored:
     features = make_features(material(corpus), system.front, out / "cache", jobs, progress, on_bad_audio="drop")
     width = next(iter(features.values())).shape[1]
     if width != system.inputs:

@@ -41,7 +41,7 @@ def report(work: Path) -> Path:
     for name in summary["runs"]:
         folder = work / name
         with reading(folder.resolve()):
-            runs.append(_run_of(name, folder))
+            runs.append(_run_of(name, folder, summary.get("criteria", {}).get(name, "cross-entropy")))
             sweeps.append(_sweep_of(name, folder))
     page = Report(
         title=summary["title"],
@@ -57,7 +57,7 @@ def report(work: Path) -> Path:
     return work / "report.html"
 
 
-def _run_of(name: str, folder: Path) -> Run:
+def _run_of(name: str, folder: Path, criterion: str) -> Run:
     best = checkpoint.load(folder / "model.pt")
     curves = MetricsLog(folder / "metrics.jsonl").records()
     if not curves:
@@ -72,6 +72,7 @@ def _run_of(name: str, folder: Path) -> Run:
         seconds=float(str(curves[-1]["seconds"])),
         parameters=sum(value.numel() for value in best["model"].values()),
         notes="; ".join(notes),
+        criterion=criterion,
     )
 
 

@@ -150,6 +150,7 @@ def _finished(
         "title": job.name,
         "recipe": plain(job),
         "runs": _runs(job),
+        "criteria": dict.fromkeys(job.sequence.methods, job.sequence.criterion.kind) if job.sequence else {},
         "perplexity": {split: round(value, 2) for split, value in prepared.perplexity.items()},
         "outputs": units.tying.num_pdfs,
         "alignment": describe(aligned, prepared),

@@ -42,6 +42,7 @@ class Run:
         seconds: of training.
         parameters: of the model; ``None`` where it has no such number.
         notes: anything to say about the run.
+        criterion: what its losses and accuracies are of; runs of one criterion share a chart.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Run:
     seconds: float
     parameters: int | None = None
     notes: str = ""
+    criterion: str = "cross-entropy"
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,7 @@ def render(report: Report) -> str:
         report=report,
         legend={run.name: (colour(i), marker(i)) for i, run in enumerate(report.runs)},
         best={name: _best(report, name) for name in report.sets},
+        criteria={run.name: run.criterion for run in report.runs},
         reached={run.name: at for run in report.runs if (at := _reached(run))},
         comparisons=_comparisons(report),
         curves=_curves(report),
@@ -290,30 +293,34 @@ def _line(
 
 
 def _curves(report: Report) -> list[Markup]:
-    """Loss and accuracy, each against time and against updates."""
+    """Loss and accuracy, each against time and against updates, of each criterion."""
     longest = max((x for run in report.runs for x, _ in _points(run, "seconds", "dev_loss")), default=0.0)
     unit, share = (
         ("hours", 3600.0) if longest > 3 * 3600 else ("minutes", 60.0) if longest > 3 * 60 else ("seconds", 1.0)
     )
-    ceiling = (-math.inf, _ceiling(report))
     axes: tuple[tuple[str, str, float, Scale], ...] = (
         ("seconds", f"training time ({unit})", 1 / share, "linear"),
         ("update", "updates", 1.0, "counts"),
     )
     charts = []
-    for x, label, factor, scale in axes:
-        dev = [_line(i, run, x, "dev_loss", scale=(factor, 1.0)) for i, run in enumerate(report.runs)]
-        train = [_line(i, run, x, "objective", scale=(factor, 1.0), dashed=True) for i, run in enumerate(report.runs)]
-        charts.append(_chart("Loss per frame", train + dev, label, x_scale=scale, y_range=ceiling))
-    for x, label, factor, scale in axes:
-        right = [_line(i, run, x, "dev_accuracy", scale=(factor, 100.0)) for i, run in enumerate(report.runs)]
-        charts.append(_chart("Held-out frame accuracy (%)", right, label, x_scale=scale))
+    for criterion in dict.fromkeys(run.criterion for run in report.runs):
+        # A run keeps its number, and with it its colour.
+        runs = [(i, run) for i, run in enumerate(report.runs) if run.criterion == criterion]
+        ceiling = (-math.inf, _ceiling([run for _, run in runs]))
+        of = "frame accuracy" if criterion == "cross-entropy" else f"accuracy, {criterion}"
+        for x, label, factor, scale in axes:
+            dev = [_line(i, run, x, "dev_loss", scale=(factor, 1.0)) for i, run in runs]
+            train = [_line(i, run, x, "objective", scale=(factor, 1.0), dashed=True) for i, run in runs]
+            charts.append(_chart(f"Loss per frame, {criterion}", train + dev, label, x_scale=scale, y_range=ceiling))
+        for x, label, factor, scale in axes:
+            right = [_line(i, run, x, "dev_accuracy", scale=(factor, 100.0)) for i, run in runs]
+            charts.append(_chart(f"Held-out {of} (%)", right, label, x_scale=scale))
     return [chart for chart in charts if chart]
 
 
-def _ceiling(report: Report) -> float:
+def _ceiling(runs: Sequence[Run]) -> float:
     """Half way from the lowest held-out loss up to the highest at a start: above, curves say nothing of their end."""
-    losses = [[y for _, y in points] for run in report.runs if (points := _points(run, "update", "dev_loss"))]
+    losses = [[y for _, y in points] for run in runs if (points := _points(run, "update", "dev_loss"))]
     if not losses:
         return math.inf
     start, lowest = max(run[0] for run in losses), min(min(run) for run in losses)

@@ -164,14 +164,29 @@ def test_tells_everything(page: str) -> None:
 def test_curves_and_diagnostics_have_their_drawings(page: str) -> None:
     names = re.findall(r'<svg role="img" aria-label="([^"]*)"', page)
     assert names == [
-        "Loss per frame against training time (minutes)",
-        "Loss per frame against updates",
+        "Loss per frame, cross-entropy against training time (minutes)",
+        "Loss per frame, cross-entropy against updates",
         "Held-out frame accuracy (%) against training time (minutes)",
         "Held-out frame accuracy (%) against updates",
         "Damping λ against updates",
         "CG steps per update against updates",
         "Reduction ratio: actual over predicted against updates",
     ]
+
+
+def test_every_criterion_has_charts_of_its_own() -> None:
+    first, *others = full().runs
+    other = dataclasses.replace(first, name="after", criterion="mpe")
+    page = render(dataclasses.replace(full(), runs=[first, other, *others]))
+    names = re.findall(r'<svg role="img" aria-label="([^"]*)"', page)
+    assert [name.split(" against ")[0] for name in names[1:8:2]] == [
+        "Loss per frame, cross-entropy",
+        "Held-out frame accuracy (%)",
+        "Loss per frame, mpe",
+        "Held-out accuracy, mpe (%)",
+    ]
+    rows = re.findall(r"<tr><th scope=\"row\">.*?</tr>", page.split('id="curves"')[1], flags=re.DOTALL)
+    assert [("after" in row, "<td>mpe</td>" in row) for row in rows[:2]] == [(False, False), (True, True)]
 
 
 def test_samples_and_times_of_a_step_have_their_drawings() -> None:
