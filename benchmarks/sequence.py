@@ -8,10 +8,12 @@ For each network: training by cross-entropy, its lattices, and from there every 
 it; test is read for the chosen one. `OPTION=VALUE` goes to the recipe, as in ``quadric train``; those after
 `--sequence`, without their ``sequence.``, to the sequence trainings alone.
 
-Columns: updates and seconds to the end and to the parameters that were kept; iterations of conjugate gradients an
-update; the criterion on dev (sequence accuracy for MPE and sMBR); word error rate on dev and on test; and the
-difference on dev and test together to the better of SGD and Adam, with its 95 % interval of a paired bootstrap over
-speakers and the probability of an improvement.
+Where the best learning rate of SGD or Adam is the lowest or the highest of its grid, the grid grows beyond it.
+
+Columns: updates and seconds to the parameters that were kept and to the end; iterations of conjugate gradients an
+update; the criterion on dev (sequence accuracy for MPE and sMBR); word error rate on dev and on test; and, of
+second-order methods, the difference on test to the one of SGD and Adam that is better on dev, with its 95 % interval of
+a paired bootstrap over speakers and the probability of an improvement.
 """
 
 from __future__ import annotations
@@ -37,8 +39,8 @@ from quadric.train.pipeline import run
 Grid = Mapping[str, Sequence[object]]
 
 GRIDS: dict[str, Grid] = {
-    "sgd": {"lr": (1e-1, 3e-1, 1.0)},
-    "adam": {"lr": (1e-4, 3e-4, 1e-3)},
+    "sgd": {"lr": (3e-1, 1.0, 3.0)},
+    "adam": {"lr": (3e-4, 1e-3, 3e-3)},
     "natural_gradient": {"gradient_frames": (50_000,), "iterations": (8,)},
     "hessian_free": {"gradient_frames": (50_000,), "damping": (0.1,)},
     "nghf": {"gradient_frames": (50_000, 100_000), "iterations": (8,), "candidates": ("backwards",)},
@@ -46,6 +48,9 @@ GRIDS: dict[str, Grid] = {
 """Of every method the options that are searched, and the values that are tried."""
 
 _FIRST_ORDER = ("sgd", "adam")
+
+MOST = 6
+"""Learning rates that are tried at most."""
 
 
 @dataclass(frozen=True)
@@ -120,16 +125,33 @@ def _one_network(network: str, chosen: argparse.Namespace, table: Table) -> None
     cross_entropy = _train(chosen, base, work, None, {}, "adamw")
     _add(table, network, "cross-entropy", cross_entropy, None)
     best: dict[str, Trained] = {}
-    for method in chosen.methods:
+    for method in sorted(chosen.methods, key=lambda name: name not in _FIRST_ORDER):
         tried = []
-        for setting in _settings(GRIDS[method]):
+        for setting in _searched(GRIDS[method], tried):
             trained = _train(chosen, base, work, method, setting, f"{chosen.criterion}_{method}")
             table.rows.append({"network": network, "training": method, "tried": True, **trained.row()})
             tried.append(trained)
-        best[method] = min(tried, key=lambda trained: trained.errors)
-        first_order = [best[name] for name in _FIRST_ORDER if name in best]
-        rival = min(first_order, key=lambda trained: trained.errors) if first_order else cross_entropy
-        _add(table, network, method, best[method], _compare(rival, best[method]))
+        best[method] = _best(tried)
+        rivals = [best[name] for name in _FIRST_ORDER if name in best]
+        compared = _compare(_best(rivals), best[method]) if method not in _FIRST_ORDER and rivals else None
+        _add(table, network, method, best[method], compared)
+
+
+def _best(trained: Sequence[Trained]) -> Trained:
+    return min(trained, key=lambda each: each.errors)
+
+
+def _searched(grid: Grid, tried: Sequence[Trained]) -> Iterator[dict[str, object]]:
+    """All settings of ``grid``; then, while the best learning rate in ``tried`` is an end of them, the next beyond."""
+    for values in product(*grid.values()):
+        yield dict(zip(grid, values, strict=True))
+    while "lr" in grid and len(tried) < MOST:
+        rates = sorted(trained.setting["lr"] for trained in tried)  # type: ignore[type-var]
+        rate = _best(tried).setting["lr"]
+        if rate not in (rates[0], rates[-1]):
+            return
+        beyond = rates[-1] ** 2 / rates[-2] if rate == rates[-1] else rates[0] ** 2 / rates[1]  # type: ignore[operator]
+        yield {"lr": float(f"{beyond:.1g}")}
 
 
 def _recurrent(units: int) -> list[str]:
@@ -167,11 +189,6 @@ def _train(
     return Trained.of(work / name, setting)
 
 
-def _settings(grid: Grid) -> Iterator[dict[str, object]]:
-    for values in product(*grid.values()):
-        yield dict(zip(grid, values, strict=True))
-
-
 def _add(table: Table, network: str, training: str, trained: Trained, comparison: Comparison | None) -> None:
     row = trained.row()
     compared = ""
@@ -197,18 +214,8 @@ def _add(table: Table, network: str, training: str, trained: Trained, comparison
 
 
 def _compare(first: Trained, second: Trained) -> Comparison:
-    """On dev and test together, speakers resampled."""
-    return scoring.paired_bootstrap(_pooled(first), _pooled(second))
-
-
-def _pooled(trained: Trained) -> Score:
-    """The score of both sets as one."""
-    said, heard, speakers = {}, {}, {}
-    for split in ("dev", "test"):
-        folder = trained.folder / "decoded" / split
-        for kept, name in ((said, "ref"), (heard, "text"), (speakers, "utt2spk")):
-            kept |= {f"{split}-{id}": words for id, words in scoring.read_text(folder / name).items()}
-    return scoring.score(said, heard, speakers={id: speaker[0] for id, speaker in speakers.items()})
+    """On test, which chose neither; speakers resampled."""
+    return scoring.paired_bootstrap(first.scores["test"], second.scores["test"])
 
 
 def _arguments() -> argparse.Namespace:

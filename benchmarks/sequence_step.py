@@ -50,7 +50,6 @@ from quadric.optim.search import BestIterate, Step, Value
 from quadric.optim.second_order import nghf
 from quadric.progress import silent
 from quadric.train.console import bar
-from quadric.train.flat_start import flat_start
 from quadric.train.pipeline import run
 from quadric.train.prepare import Prepared, prepare
 from quadric.train.recipe import Job
@@ -59,7 +58,6 @@ from quadric.train.stages import Stages
 from quadric.train.system import System
 from quadric.train.trainer import evaluate
 from quadric.train.training import only
-from quadric.train.units import choose_units
 
 ITERATIONS, PRODUCTS = 8, 8
 KINDS = ("same_frame", "surrogate", "lattice")
@@ -99,17 +97,15 @@ def material(chosen: argparse.Namespace, kind: str = "same_frame") -> Material:
     assert options is not None
     stages = Stages(chosen.work)
     prepared = prepare(job, stages, silent)
-    aligned = flat_start(job, prepared, stages, silent)
-    units = choose_units(job, prepared, aligned, stages, silent)
     name = next(iter(job.methods))
     system = System.load(chosen.work / name / "system")
     scale = options.criterion.scale or 1 / system.lm_weight
-    loss = replace(options.criterion, curvature=kind).loss(torch.from_numpy(units.log_prior), scale, 1)
+    loss = replace(options.criterion, curvature=kind).loss(torch.from_numpy(system.log_prior), scale, 1)
     key = (chosen.work / name).resolve().name
     competing = compete(options.competitors, prepared, system, scale, key, stages, silent, jobs=1)
     sharpness = options.criterion.sharpness
     sets = {
-        split: targets(each, loss, "add", silent, split, sharpness=sharpness).targets
+        split: targets(each, loss, options.competitors.missing, silent, split, sharpness=sharpness).targets
         for split, each in competing.items()
     }
     return Material(job, prepared, system, loss, dict(sets["train"]), dict(sets["dev"]))

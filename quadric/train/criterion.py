@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypedDict
 
 import torch
 from jaxtyping import Float
@@ -15,7 +15,13 @@ from quadric.loss.sequence import MMI, MPE, SMBR
 from quadric.loss.sequence_loss import Options, SequenceLoss
 from quadric.loss.sequence_target import OutputCurvature
 from quadric.train.method import NGHF, FirstOrder, HessianFree, Method, NaturalGradient
-from quadric.train.rules import NONE_OR_POSITIVE, NOT_NEGATIVE, POSITIVE, SHARE, check
+from quadric.train.rules import NONE_OR_POSITIVE, NOT_NEGATIVE, POSITIVE, SHARE, check, one_of
+
+Kind = Literal["mmi", "mpe", "smbr"]
+Accuracy = Literal["approximate", "exact", "frame"]
+Matrix = Literal["same_frame", "printed", "surrogate", "lattice"]
+Over = Literal["frame", "utterance"]
+Missing = Literal["add", "skip"]
 
 
 @dataclass(frozen=True)
@@ -32,30 +38,42 @@ class Criterion:
             paths count for more, and the criterion comes nearer to the errors of decoding.
         boost: of MMI: how much paths gain, in nats, for every wrong frame.
         accuracy: of MPE: ``"approximate"`` by overlap, ``"exact"`` by edit distance, ``"frame"`` by frame.
-        one_silence_class: of sMBR: any state of silence is right for any other; if not, silence is never right.
+        one_silence_class: where frames are counted (sMBR, MPE by frame, boosted MMI): any state of silence is right for
+            any other; if not, silence is never right.
         smoothing: the share of cross-entropy in the objective.
         anchor: times the divergence from the network that the training starts from is added.
         curvature: of the criterion in output space, see `quadric.loss.sequence.OutputCurvature`.
         fisher: the empirical Fisher matrix by ``"frame"`` or by ``"utterance"``.
     """
 
-    kind: Literal["mmi", "mpe", "smbr"] = "smbr"
+    kind: Kind = "smbr"
     scale: float | None = None
     sharpness: float = 1.0
     boost: float = 0.0
-    accuracy: Literal["approximate", "exact", "frame"] = "approximate"
+    accuracy: Accuracy = "approximate"
     one_silence_class: bool = True
     smoothing: float = 0.0
     anchor: float = 0.0
-    curvature: Literal["same_frame", "printed", "surrogate", "lattice"] = "same_frame"
-    fisher: Literal["frame", "utterance"] = "frame"
+    curvature: Matrix = "same_frame"
+    fisher: Over = "frame"
 
     def __post_init__(self) -> None:
-        check(
-            self, scale=NONE_OR_POSITIVE, sharpness=POSITIVE, boost=NOT_NEGATIVE, smoothing=SHARE, anchor=NOT_NEGATIVE
-        )
+        check(self, kind=one_of(Kind), scale=NONE_OR_POSITIVE, sharpness=POSITIVE, boost=NOT_NEGATIVE)
+        check(self, accuracy=one_of(Accuracy), smoothing=SHARE, anchor=NOT_NEGATIVE)
+        check(self, curvature=one_of(Matrix), fisher=one_of(Over))
         if self.boost and self.kind != "mmi":
             raise ValueError(f"boost={self.boost}: only mmi is boosted; kind is {self.kind}")
+        if self.accuracy != "approximate" and self.kind != "mpe":
+            raise ValueError(f"accuracy={self.accuracy}: only mpe counts phones; kind is {self.kind}")
+        if not self.one_silence_class and not self._counts_frames:
+            raise ValueError(
+                "one_silence_class=False: only where frames are counted, in smbr, mpe with accuracy=frame and mmi with "
+                f"a boost; kind is {self.kind}"
+            )
+
+    @property
+    def _counts_frames(self) -> bool:
+        return self.kind == "smbr" or self.accuracy == "frame" or self.boost > 0
 
     def loss(self, log_prior: Float[Tensor, " C"], scale: float, jobs: int) -> SequenceLoss:
         """The loss over outputs whose first phone is silence, at the acoustic ``scale``; for lattices as sharp."""
@@ -67,11 +85,19 @@ class Criterion:
             "fisher": self.fisher,
             "jobs": jobs,
         }
+        silence: Silence = {"silence_phones": (0,), "one_silence_class": self.one_silence_class}
         if self.kind == "mmi":
-            return MMI(log_prior, boost=self.boost, silence_phones=(0,), **options)
+            return MMI(log_prior, boost=self.boost, **silence, **options)
         if self.kind == "mpe":
-            return MPE(log_prior, accuracy=self.accuracy, silence_phones=(0,), **options)
-        return SMBR(log_prior, silence_phones=(0,), one_silence_class=self.one_silence_class, **options)
+            return MPE(log_prior, accuracy=self.accuracy, **silence, **options)
+        return SMBR(log_prior, **silence, **options)
+
+
+class Silence(TypedDict):
+    """How the losses take silence."""
+
+    silence_phones: tuple[int, ...]
+    one_silence_class: bool
 
 
 @dataclass(frozen=True)
@@ -87,11 +113,11 @@ class Competitors:
 
     lattice: LatticeOptions = field(default_factory=LatticeOptions)
     lm_order: int = 1
-    missing: Literal["add", "skip"] = "add"
+    missing: Missing = "add"
     all_speeds: bool = False
 
     def __post_init__(self) -> None:
-        check(self, lm_order=POSITIVE)
+        check(self, lm_order=POSITIVE, missing=one_of(Missing))
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -191,6 +192,33 @@ def test_a_criterion_has_its_options() -> None:
         assert getattr(loss, "boost", 0.3) == 0.3 and getattr(loss, "counts", "exact") == "exact"
     assert kinds[SMBR].loss(prior, 0.7, 1).one_silence_class is False  # type: ignore[attr-defined]
     assert Criterion("smbr").loss(prior, 0.7, 1).one_silence_class is True  # type: ignore[attr-defined]
+    for other in (Criterion("mpe", accuracy="frame", one_silence_class=False),
+                  Criterion("mmi", boost=0.1, one_silence_class=False)):  # fmt: skip
+        assert other.loss(prior, 0.7, 1).one_silence_class is False  # type: ignore[attr-defined]
+    assert Criterion(sharpness=2.0).loss(prior, 0.7, 1).scale == 1.4
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"kind": "mpfe"}, "kind=mpfe: must be 'mmi' or 'mpe' or 'smbr'"),
+        ({"curvature": "hessian"}, "curvature=hessian: must be 'same_frame' or"),
+        ({"fisher": "speaker"}, "fisher=speaker: must be 'frame' or 'utterance'"),
+        ({"accuracy": "exact"}, "only mpe counts phones; kind is smbr"),
+        ({"kind": "mpe", "one_silence_class": False}, "only where frames are counted"),
+        ({"kind": "mmi", "one_silence_class": False}, "kind is mmi"),
+        ({"sharpness": 0.0}, "sharpness=0.0: must be positive"),
+    ],
+)
+def test_a_criterion_that_cannot_be_is_refused(options: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValueError) as refused:
+        Criterion(**options)
+    assert problem in str(refused.value)
+
+
+def test_competitors_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match="missing=drop: must be 'add' or 'skip'"):
+        Competitors(missing="drop")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -296,11 +296,11 @@ def test_the_report_notes_why_a_training_ended_early(tmp_path: Path, monkeypatch
     checkpoint.save({"model": {"w": torch.zeros(3)}, "update": 40, "loss": 1.25}, tmp_path / "model.pt")
     log = MetricsLog(tmp_path / "metrics.jsonl")
     log.append({"update": 40, "seconds": 2.0, "dev_loss": 1.25})
-    assert finished._run_of("sgd", tmp_path).notes == "lowest held-out loss 1.2500 after update 40"
+    assert finished._run_of("sgd", tmp_path, "mmi").notes == "lowest held-out loss 1.2500 after update 40"
     log.append({"update": 60, "seconds": 3.0, "dev_loss": 1.5, "ended": "no lower held-out loss in 3 looks"})
-    run = finished._run_of("sgd", tmp_path)
+    run = finished._run_of("sgd", tmp_path, "mmi")
     assert run.notes == "lowest held-out loss 1.2500 after update 40; no lower held-out loss in 3 looks"
-    assert (run.updates, run.parameters) == (60, 3)
+    assert (run.updates, run.parameters, run.criterion) == (60, 3, "mmi")
 
 
 # ------------------------------------------------------------------------------------------------ realignment
