@@ -129,8 +129,9 @@ def _train_sequences(
     for training, folder in folders.items():
         tested = partial(_tested, job, work / training, prepared, units, folder, progress)
         communicator.first(f"decoding by {training}", tested)
-    with reading(folder):
-        return dict(json.loads((folder / _FACTS).read_text()))
+    first = next(iter(folders.values()))
+    with reading(first):
+        return dict(json.loads((first / _FACTS).read_text()))
 
 
 _FACTS = "sets.json"
