@@ -236,6 +236,19 @@ class FrameStream:
             yield items[fitting[:fits]]
             start += fits
 
+    def _pack_as_drawn(self, items: Items, most: int) -> Iterator[Items]:
+        """The same in the order of the draw, with more padding: minibatches are independent draws then.
+
+        Sorted by length they are not, and their spread is not that of the gradient where it depends on the length.
+        """
+        lengths = self._lengths(items)
+        start = 0
+        while start < len(items):
+            padded = np.maximum.accumulate(lengths[start : start + most]) * np.arange(1, len(items) - start + 1)[:most]
+            fits = max(1, int(np.searchsorted(padded, most, side="right")))
+            yield items[start : start + fits]
+            start += fits
+
     def _batch(self, items: Items) -> Batch:
         rows = self._windows[items].tolist()
         examples = [self._examples[utterance] for utterance, _, _ in rows]
@@ -254,7 +267,8 @@ class FrameStream:
         """This rank's minibatches of ``items``, each transformed with the generator of its place."""
         own = self._own(items)
         each = -(-int(self._lengths(own).sum()) // -(-parts // self._ranks))
-        packed, seed = list(self._pack(own, max(1, min(each, self._micro_frames)))), self._seed
+        pack = self._pack if parts == 1 else self._pack_as_drawn
+        packed, seed = list(pack(own, max(1, min(each, self._micro_frames)))), self._seed
 
         def make(i: int) -> Batch:
             here = np.random.SeedSequence(seed, spawn_key=(*place, i * self._ranks + self._rank))

@@ -213,6 +213,26 @@ def test_a_draw_comes_in_as_many_parts_as_are_wanted(ranks: int) -> None:
         shards[0].draw(10, 0)
 
 
+def test_parts_are_independent_draws() -> None:
+    """The spread of a quantity that depends on the length: the estimate from the parts is right on average.
+
+    Of minibatches of similar lengths it would be several times too large.
+    """
+    lengths = np.random.default_rng(0).integers(1, 40, 400).tolist()
+    data = stream(lengths, chunk=None, micro_frames=10_000)
+    means, estimates = [], []
+    for _ in range(300):
+        sums = [
+            (sum(n * n for n in frames_of(batch)), float(sum(frames_of(batch)))) for batch in data.draw(600, parts=6)
+        ]
+        total = sum(frames for _, frames in sums)
+        mean = sum(value for value, _ in sums) / total
+        means.append(mean)
+        spread = sum((value - frames * mean) ** 2 for value, frames in sums)
+        estimates.append(len(sums) / (len(sums) - 1) * spread / total**2)
+    assert np.mean(estimates) == pytest.approx(np.var(means), rel=0.25)
+
+
 def test_every_minibatch_has_a_generator_of_its_own() -> None:
     seeds: list[int] = []
 
