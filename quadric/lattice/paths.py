@@ -35,13 +35,49 @@ def contains(lattice: Lattice, path: StatePath) -> bool:
 
     Raises ``ValueError`` if they differ in their number of frames.
     """
-    if len(path) != lattice.num_frames:
-        raise ValueError(f"path has {len(path)} frames, the lattice {lattice.num_frames}: they are of two utterances")
+    return weight_in(lattice, path) > -math.inf
+
+
+def weight_in(lattice: Lattice, path: StatePath) -> float:
+    """The log weight that ``lattice`` gives to what ``path`` says: pdfs, phones, and where these begin.
+
+    The log of the sum over the lattice's paths that say just this, of any words; ``-inf``: none does. The weight of
+    ``path`` itself does not matter.
+
+    Raises ``ValueError`` if they differ in their number of frames.
+    """
+    _check_frames(lattice, path)
     frame = lattice.frame
     fits = (
         (lattice.pdf == path.pdf[frame]) & (lattice.phone == path.phone[frame]) & (lattice.begins == path.begins[frame])
     )
-    return bool(_passes(lattice.source, lattice.target, fits, lattice.num_states, len(lattice.final)))
+    return float(
+        _sum_of_fitting(lattice.source, lattice.target, lattice.weight, fits, lattice.num_states, lattice.final)
+    )
+
+
+def best_weight_of_phones(lattice: Lattice, path: StatePath) -> float:
+    """The highest log weight of the paths of ``lattice`` through the phones of ``path``; ``-inf``: none has them.
+
+    The phones are to be the same, one by one, but not their frames and pdfs. A graph that says words in these phones
+    weighs all ways to say them alike but for the transitions within the phones: this is what the graph would give to
+    ``path``, up to those, where a lattice keeps a few alignments of its sentences, or one.
+
+    Raises ``ValueError`` if they differ in their number of frames.
+    """
+    _check_frames(lattice, path)
+    phones = path.phone[path.begins]
+    return float(
+        _best_of_phones(
+            *(lattice.source, lattice.target, lattice.weight, lattice.phone, lattice.begins),
+            *(lattice.frames, lattice.levels, lattice.final, phones),
+        )
+    )
+
+
+def _check_frames(lattice: Lattice, path: StatePath) -> None:
+    if len(path) != lattice.num_frames:
+        raise ValueError(f"path has {len(path)} frames, the lattice {lattice.num_frames}: they are of two utterances")
 
 
 def with_path(lattice: Lattice, path: StatePath) -> Lattice:
@@ -114,10 +150,33 @@ def _path_weight(offsets, target, pdf, weight, final, start, pdfs, slot):  # typ
 
 
 @numba.njit(nogil=True, cache=True)
-def _passes(source, target, fits, num_states, num_final):  # type: ignore[no-untyped-def]  # pragma: no cover
-    reached = np.zeros(num_states, np.bool_)
-    reached[0] = True
+def _sum_of_fitting(source, target, weight, fits, num_states, final):  # type: ignore[no-untyped-def]  # pragma: no cover
+    """The log of the sum over the paths of arcs that fit."""
+    sums = np.full(num_states, -np.inf)
+    sums[0] = 0.0
     for a in range(len(source)):
-        if fits[a] and reached[source[a]]:
-            reached[target[a]] = True
-    return reached[num_states - num_final :].any()
+        if fits[a] and sums[source[a]] > -np.inf:
+            sums[target[a]] = np.logaddexp(sums[target[a]], sums[source[a]] + weight[a])
+    total = -np.inf
+    for k in range(len(final)):
+        total = np.logaddexp(total, sums[num_states - len(final) + k] + final[k])
+    return total
+
+
+@numba.njit(nogil=True, cache=True)
+def _best_of_phones(  # type: ignore[no-untyped-def]  # pragma: no cover
+    source, target, weight, phone, begins, frames, levels, final, phones
+):
+    """The highest weight of the paths through ``phones``; best[s, n] is that of those at s within phone n, from 1."""
+    best = np.full((1, len(phones) + 1), -np.inf)
+    best[0, 0] = 0.0
+    for t in range(len(frames) - 1):
+        following = np.full((levels[t + 2] - levels[t + 1], len(phones) + 1), -np.inf)
+        for a in range(frames[t], frames[t + 1]):
+            before, after = source[a] - levels[t], target[a] - levels[t + 1]
+            for n in range(1, min(t + 1, len(phones)) + 1):
+                if phones[n - 1] == phone[a]:
+                    came = best[before, n - 1] if begins[a] else best[before, n]
+                    following[after, n] = max(following[after, n], came + weight[a])
+        best = following
+    return np.max(best[:, len(phones)] + final)

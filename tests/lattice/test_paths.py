@@ -11,7 +11,7 @@ pytest.importorskip("numba", reason="needs the speech extra")
 
 from quadric.lattice.generate import Generator, LatticeOptions, NoPath
 from quadric.lattice.lattice import Lattice, StatePath
-from quadric.lattice.paths import contains, path_weight, with_path
+from quadric.lattice.paths import best_weight_of_phones, contains, path_weight, weight_in, with_path
 from reference.searches import graph_paths, lattice_paths, random_graph
 
 WIDE = LatticeOptions(beam=1e4, lattice_beam=2.0, max_active=10**6)
@@ -68,6 +68,61 @@ def test_a_lattice_holds_its_paths_and_takes_others(seed: int, frames: int) -> N
         assert sorted(lattice_paths(larger)) == sorted([*paths, (new, 0.0)])
 
 
+@given(seed=st.integers(0, 2**32 - 1), frames=st.integers(1, 6))
+def test_a_lattice_weighs_a_path_and_its_phones(seed: int, frames: int) -> None:
+    rng = np.random.default_rng(seed)
+    lattice = random_lattice(rng, frames)
+    if lattice is None:
+        return
+    # Paths of a random graph may go on with a phone that did not begin: as many entries as first frames.
+    says: dict[tuple, float] = {}
+    phones: dict[tuple, float] = {}
+    for steps, final in lattice_paths(lattice):
+        weight = sum(step[4] for step in steps) + final
+        key = tuple((pdf, phone, bool(begins)) for pdf, _, phone, begins, _ in steps)
+        says[key] = float(np.logaddexp(says.get(key, -np.inf), weight))
+        if well_formed(key):
+            spoken = tuple(phone for _, phone, begins in key if begins)
+            phones[spoken] = max(phones.get(spoken, -np.inf), weight)
+    for key in says:
+        if not key[0][2]:
+            continue
+        path = state_path(list(key), weight=7.0)
+        assert weight_in(lattice, path) == pytest.approx(says[key], abs=1e-9)
+        other = replace(path, pdf=(path.pdf + 1).astype(np.int32))
+        assert weight_in(lattice, other) == says.get(tuple((p + 1, q, b) for p, q, b in key), -np.inf)
+        spoken = tuple(path.phone[path.begins].tolist())
+        assert best_weight_of_phones(lattice, other) == pytest.approx(phones.get(spoken, -np.inf), abs=1e-9)
+        assert best_weight_of_phones(lattice, replace(path, phone=path.phone + np.int32(9))) == -np.inf
+
+
+def well_formed(steps: tuple[tuple[int, int, bool], ...]) -> bool:
+    """Whether a path begins with a phone, and every frame is of the one that began last."""
+    inner = (steps[t][2] or steps[t][1] == steps[t - 1][1] for t in range(1, len(steps)))
+    return steps[0][2] and all(inner)
+
+
+def test_the_weight_of_phones_is_that_of_the_best_alignment_of_them_all() -> None:
+    # phone 1 for one frame or two, then phone 1 again or 2; and phone 2 alone
+    arcs = [(0, 1, 0), (0, 2, 5), (1, 3, 0), (1, 3, 1), (2, 4, 5), (3, 5, 1), (3, 5, 2), (4, 5, 5)]
+    phone, begins = [1, 2, 1, 1, 2, 1, 2, 2], [1, 1, 0, 1, 0, 0, 1, 0]
+    lattice = Lattice.from_arcs(
+        arcs, final={5: -0.5}, weight=[-1, -9, -2, -4, 0, -3, -7, 0], phone=phone, begins=map(bool, begins)
+    )
+    for phones, starts, weight in (
+        ((1, 1, 1), (1, 0, 0), -1 - 2 - 3),
+        ((1, 1, 1), (1, 0, 1), -1 - 4 - 3),
+        ((1, 2, 2), (1, 1, 0), -1 - 2 - 7),
+        ((1, 1, 2), (1, 1, 1), -1 - 4 - 7),
+        ((2, 2, 2), (1, 0, 0), -9),
+        ((2, 1, 1), (1, 1, 0), -np.inf),
+        ((1, 1, 1), (1, 1, 1), -np.inf),
+    ):
+        path = state_path([(8, p, bool(b)) for p, b in zip(phones, starts, strict=True)])
+        assert best_weight_of_phones(lattice, path) == weight - 0.5
+        assert weight_in(lattice, path) == -np.inf
+
+
 def test_misuse() -> None:
     rng = np.random.default_rng(2)
     lattice = next(lattice for _ in range(99) if (lattice := random_lattice(rng, 3)) is not None)
@@ -75,6 +130,8 @@ def test_misuse() -> None:
     for long in (2, 4):
         with pytest.raises(ValueError, match=f"path has {long} frames, the lattice 3"):
             with_path(lattice, state_path([(9, 9, True)] * long))
+        with pytest.raises(ValueError, match=f"path has {long} frames, the lattice 3"):
+            best_weight_of_phones(lattice, state_path([(9, 9, True)] * long))
     with pytest.raises(ValueError, match="must be finite"):
         with_path(lattice, replace(path, weight=-np.inf))
     for pdfs in (np.zeros(3), np.zeros((3, 1), int), np.zeros(0, int)):
