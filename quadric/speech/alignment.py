@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ from jaxtyping import Float, Int32
 from quadric.files import new_file
 from quadric.progress import Progress, silent
 from quadric.speech.graph import AlignmentGraphs
+from quadric.speech.kaldi_vectors import read_alignments
 from quadric.speech.lexicon import Lexicon
 from quadric.speech.tables import few
 from quadric.speech.topology import STATES, Tying
@@ -278,25 +278,11 @@ def save_alignments(path: str | os.PathLike[str], pdfs: Mapping[str, Int32[np.nd
 
 
 def load_alignments(path: str | os.PathLike[str]) -> dict[str, Int32[np.ndarray, " T"]]:
-    """Reads a Kaldi archive of integer vectors, as :func:`save_alignments` writes it.
+    """Reads a Kaldi archive of integer vectors, as :func:`save_alignments` writes it; see :func:`read_alignments`.
 
     Kaldi's ``ali-to-pdf`` writes this form as well, with the pdfs numbered as in Kaldi's own model.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it does not hold integer vectors.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no archive of alignments {path}")
-    try:
-        entries = dict(kaldiio.load_ark(str(path)))
-    except (ValueError, EOFError, RuntimeError, AssertionError, struct.error) as error:
-        raise ValueError(f"{path} is not a Kaldi archive of integer vectors: {error}") from error
-    for id, values in entries.items():
-        if not isinstance(values, np.ndarray) or values.ndim != 1 or not np.issubdtype(values.dtype, np.integer):
-            raise ValueError(f"{path} holds no integer vector for {id}: write the pdf of every frame")
-    return {id: values.astype(np.int32) for id, values in entries.items()}
+    return dict(read_alignments(path))
 
 
 def fit_lengths(

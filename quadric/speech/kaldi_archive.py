@@ -7,7 +7,6 @@ arc for every word with a string of transition-ids. Both become a :class:`KaldiL
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,8 +14,9 @@ from pathlib import Path
 from quadric.files import new_file
 from quadric.speech.kaldi_forms import MAGIC, read_binary, read_text, to_binary, to_text
 from quadric.speech.kaldi_lattice import KaldiLattice, expand, factor, plain
-from quadric.speech.kaldi_stream import Ends, Stream, open_file
-from quadric.speech.tables import few, find_root, read_table, something
+from quadric.speech.kaldi_stream import Ends, Kind, Stream, read_entries
+
+_LATTICES = Kind("lattice", "lattices", "lattice-copy")
 
 
 def read_archive(
@@ -34,55 +34,18 @@ def read_archive(
         FileNotFoundError: there is no such file, or an archive that the table names is missing.
         ValueError: the file ends within a lattice, or holds something else; with the utterance and the byte.
     """
-    path = Path(path)
-    if path.suffix == ".scp":
-        yield from _read_scp(path, None if root is None else Path(root))
-        return
-    with open_file(path) as file:
-        stream = Stream(file, path)
-        while (id := stream.id()) is not None:
-            yield id, _read_one(stream, id)
+    yield from read_entries(path, _read_one, _LATTICES, root)
 
 
-def _read_scp(path: Path, root: Path | None) -> Iterator[tuple[str, KaldiLattice]]:
-    entries = read_table(path, something)
-    commands = [f"line {number}" for number, value in enumerate(entries.values(), 1) if "|" in (value[0], value[-1])]
-    if commands:
-        raise ValueError(f"commands in {path}: {few(commands)}: run them with lattice-copy and name the archives here")
-    places = {id: re.fullmatch(r"(.+?)(?::(\d+))?", value) for id, value in entries.items()}
-    files = {id: (match[1], int(match[2] or 0)) for id, match in places.items() if match}
-    relative = [file for file, _ in files.values() if not os.path.isabs(file)]
-    start = find_root(path.parent, root, relative, path.name) if relative else path.parent
-    for id, (name, offset) in files.items():
-        with open_file(start / name) as file:
-            stream = Stream(file, start / name)
-            stream.seek(offset)
-            yield id, _read_one(stream, id)
-
-
-def _read_one(stream: Stream, id: str) -> KaldiLattice:
-    """The lattice at the place of ``stream``, behind the id."""
-    begin = stream.offset
-    if stream.need(1) and stream.buffer[stream.at : stream.at + 1] == b" ":
-        stream.at += 1
-    try:
-        if not stream.need(1):
-            raise Ends
-        if stream.buffer[stream.at] == MAGIC[0]:
-            return expand(read_binary(stream))
-        line = stream.line()
-        if line is None:
-            raise Ends
-        if line.strip():
-            raise ValueError("neither a line of its own nor OpenFst's number begins it")
-        return expand(read_text(stream))
-    except Ends:
-        raise ValueError(
-            f"{stream.path}: the lattice of {id}, from byte {begin}: the file ends within it, at byte {stream.end}: "
-            "copy the archive again"
-        ) from None
-    except ValueError as error:
-        raise ValueError(f"{stream.path}: the lattice of {id}, from byte {begin}, is damaged: {error}") from None
+def _read_one(stream: Stream) -> KaldiLattice:
+    if stream.buffer[stream.at] == MAGIC[0]:
+        return expand(read_binary(stream))
+    line = stream.line()
+    if line is None:
+        raise Ends
+    if line.strip():
+        raise ValueError("neither a line of its own nor OpenFst's number begins it")
+    return expand(read_text(stream))
 
 
 def write_archive(

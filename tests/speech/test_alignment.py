@@ -159,7 +159,7 @@ def test_archives_round_trip_and_kaldis_are_read(tmp_path: Path) -> None:
 
 def test_archives_of_something_else_are_refused(tmp_path: Path) -> None:
     kaldiio.save_ark(str(tmp_path / "features.ark"), {"a": np.zeros((3, 2), np.float32)})
-    with pytest.raises(ValueError, match="no integer vector for a"):
+    with pytest.raises(ValueError, match=r"features\.ark: the alignment of a, .*no integer vector"):
         load_alignments(tmp_path / "features.ark")
     with pytest.raises(FileNotFoundError, match=r"nothing\.ark"):
         load_alignments(tmp_path / "nothing.ark")
@@ -354,5 +354,5 @@ def test_a_truncated_archive_is_named(tmp_path: Path, kept: int) -> None:
     save_alignments(tmp_path / "ali.ark", {"utt": np.arange(40, dtype=np.int32)})
     whole = (tmp_path / "ali.ark").read_bytes()
     (tmp_path / "torn.ark").write_bytes(whole[:kept])
-    with pytest.raises(ValueError, match=r"torn\.ark is not a Kaldi archive"):
+    with pytest.raises(ValueError, match=r"torn\.ark: the alignment of utt, from byte 3: the file ends within it"):
         load_alignments(tmp_path / "torn.ark")
