@@ -74,7 +74,7 @@ def test_a_lattice_weighs_a_path_and_its_phones(seed: int, frames: int) -> None:
     lattice = random_lattice(rng, frames)
     if lattice is None:
         return
-    # Paths of a random graph may go on with a phone that did not begin: as many entries as first frames.
+    # A path of a random graph may go on with a phone that did not begin: it is no way to say phones.
     says: dict[tuple, float] = {}
     phones: dict[tuple, float] = {}
     for steps, final in lattice_paths(lattice):

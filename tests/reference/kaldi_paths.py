@@ -9,7 +9,7 @@ import numpy as np
 
 from quadric.lattice.lattice import Lattice
 from quadric.speech.kaldi_lattice import KaldiLattice
-from quadric.speech.transitions import TransitionModel
+from quadric.speech.transitions import NO_PDF, HmmState, Topology, TransitionModel
 
 Says = tuple[tuple[int, ...], ...]
 
@@ -84,15 +84,27 @@ def found(lattice: Lattice) -> dict[Says, float]:
     return table
 
 
-def random_kaldi_lattice(
-    model: TransitionModel, rng: np.random.Generator, *, frames: int, reorder: bool, words: float = 0.2
-) -> KaldiLattice | None:
-    """Paths that the model allows, in a net of states as a decoder builds it; None where none is complete.
+def short_model() -> TransitionModel:
+    """Phone 1 of one state, phone 2 of one or two, phone 3 of two that share their pdf; a chain model's phone 4."""
+    one, chain = HmmState(0, 0, ((0, 0.5), (1, 0.5))), HmmState(0, 1, ((0, 0.5), (1, 0.5)))
+    skip, rest = HmmState(0, 0, ((0, 0.3), (1, 0.3), (2, 0.4))), HmmState(1, 1, ((1, 0.5), (2, 0.5)))
+    end = HmmState(NO_PDF, NO_PDF, ())
+    topologies = (
+        Topology((1,), (one, end)),
+        Topology((2,), (skip, rest, end)),
+        Topology((3,), (skip._replace(transitions=((0, 0.5), (1, 0.5))), rest, end)),
+        Topology((4,), (chain, end)),
+    )
+    states = [[1, 0, 0, 0], [2, 0, 1, 1], [2, 1, 2, 2], [3, 0, 3, 3], [3, 1, 3, 3], [4, 0, 4, 5]]
+    return TransitionModel(topologies, np.array(states, np.int32), np.zeros(14, np.float32))
 
-    Self loops stand behind (``reorder``) or in front of the transition that leaves their state. ``words`` is the
-    probability of a word on an arc; some arcs are left out, others doubled, and states are numbered at random.
-    """
-    arcs: list[tuple[object, object, int]] = []
+
+Arc = tuple[object, object, int]
+
+
+def topology_arcs(model: TransitionModel, frames: int, reorder: bool) -> list[Arc]:
+    """All that the model allows in so many frames, from ``(0, "between")`` to ``(frames, "between")``; 0: epsilon."""
+    arcs: list[Arc] = []
     ids = range(1, model.num_ids + 1)
     entries = [id for id in ids if model.hmm_state[id] == 0 and not model.self_loop[id]]
     onward = [id for id in ids if not model.self_loop[id]]
@@ -124,6 +136,31 @@ def random_kaldi_lattice(
                 arcs += [((t, int(model.state[id])), (t + 1, goal), id) for goal in goals]
     if reorder:
         arcs += [((t + 1, id), (t + 1, "between"), 0) for t in range(frames) for id in onward if model.ends[id]]
+    return arcs
+
+
+def allowed(ids: tuple[int, ...], model: TransitionModel, reorder: bool) -> bool:
+    """Whether the model allows transition-ids, as whole phones."""
+    arcs = topology_arcs(model, len(ids), reorder)
+
+    def along(states: set[object], id: int) -> set[object]:
+        return {target for source, target, label in arcs if label == id and source in states}
+
+    states: set[object] = {(0, "between")}
+    for id in ids:
+        states = along(states | along(states, 0), id)
+    return (len(ids), "between") in states | along(states, 0)
+
+
+def random_kaldi_lattice(
+    model: TransitionModel, rng: np.random.Generator, *, frames: int, reorder: bool, words: float = 0.2
+) -> KaldiLattice | None:
+    """Paths that the model allows, in a net of states as a decoder builds it; None where none is complete.
+
+    Self loops stand behind (``reorder``) or in front of the transition that leaves their state. ``words`` is the
+    probability of a word on an arc; some arcs are left out, others doubled, and states are numbered at random.
+    """
+    arcs = topology_arcs(model, frames, reorder)
     return _net(arcs, (0, "between"), (frames, "between"), rng, words)
 
 

@@ -15,30 +15,23 @@ from quadric.speech.kaldi_lattice import KaldiLattice
 from quadric.speech.kaldi_words import WordLabels, write_words
 from quadric.speech.lexicon import Lexicon
 from quadric.speech.topology import monophone
-from quadric.speech.transitions import NO_PDF, HmmState, Topology, TransitionModel
-from reference.kaldi_paths import add, expected, found, kaldi_paths, random_kaldi_lattice, split_to_phones
+from quadric.speech.transitions import TransitionModel
+from reference.kaldi_paths import (
+    add,
+    expected,
+    found,
+    kaldi_paths,
+    random_kaldi_lattice,
+    short_model,
+    split_to_phones,
+)
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "kaldi"
 OWN = TransitionModel.of(monophone(("AH",)))
 """Phones 1 and 2; transition-ids 1 to 6 and 7 to 12, of which the odd are self loops."""
 
 
-def short() -> TransitionModel:
-    """Phone 1 of one state, phone 2 of one or two, phone 3 of two that share their pdf; a chain model's phone 4."""
-    one, chain = HmmState(0, 0, ((0, 0.5), (1, 0.5))), HmmState(0, 1, ((0, 0.5), (1, 0.5)))
-    skip, rest = HmmState(0, 0, ((0, 0.3), (1, 0.3), (2, 0.4))), HmmState(1, 1, ((1, 0.5), (2, 0.5)))
-    end = HmmState(NO_PDF, NO_PDF, ())
-    topologies = (
-        Topology((1,), (one, end)),
-        Topology((2,), (skip, rest, end)),
-        Topology((3,), (skip._replace(transitions=((0, 0.5), (1, 0.5))), rest, end)),
-        Topology((4,), (chain, end)),
-    )
-    states = [[1, 0, 0, 0], [2, 0, 1, 1], [2, 1, 2, 2], [3, 0, 3, 3], [3, 1, 3, 3], [4, 0, 4, 5]]
-    return TransitionModel(topologies, np.array(states, np.int32), np.zeros(14, np.float32))
-
-
-SHORT = short()
+SHORT = short_model()
 MODELS = {"own": OWN, "short": SHORT}
 
 
