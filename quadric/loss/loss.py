@@ -51,14 +51,24 @@ class Loss(nn.Module):
         )
 
     def fisher(self, output: Tensor, target: Any) -> Callable[[Tensor], Tensor]:
-        """v -> u (u'v) for every frame, with the gradient u of the loss with respect to that frame's outputs.
+        """v -> u (u'v) for every frame, with the u of `fisher_factor`; the inner product is over `fisher_dims`.
 
         The empirical Fisher matrix in output space; at targets from `sample`, the Fisher matrix in expectation.
         """
+        u, dims = self.fisher_factor(output, target), self.fisher_dims
+        return lambda v: u * (u * v).sum(dims, keepdim=True)
+
+    def fisher_factor(self, output: Tensor, target: Any) -> Tensor:
+        """The u of `fisher`, in the shape of ``output``: the gradient of the loss."""
         with torch.enable_grad():
             leaf = output.detach().requires_grad_()
             (u,) = torch.autograd.grad(self(leaf, target), leaf)
-        return lambda v: u * (u * v).sum(-1, keepdim=True)
+        return u
+
+    @property
+    def fisher_dims(self) -> tuple[int, ...]:
+        """The dimensions of an output that one u of `fisher` spans: the last, the outputs of a frame."""
+        return (-1,)
 
     def sample(self, output: Tensor, target: Any, generator: torch.Generator) -> Any:
         """A target drawn from the model's own distribution given ``output``, with the padding of ``target``."""

@@ -161,19 +161,24 @@ class SequenceLoss(Loss, ABC):
             block = self._block(_padded(logits, slopes), occupancy)
         return lambda v: block(v).mul_(self.scale**2)
 
-    def fisher(self, output: Float[Tensor, "B T C"], target: Sequence[SequenceTarget]) -> Product:
-        """v -> u (u'v) with u the gradient of MMI, whatever the criterion (section 5.2 of the paper).
+    def fisher_factor(
+        self, output: Float[Tensor, "B T C"], target: Sequence[SequenceTarget]
+    ) -> Float[Tensor, "B T C"]:
+        """The gradient of MMI, whatever the criterion (section 5.2 of the paper).
 
-        Without boosting, smoothing and anchor. The inner product u'v is over a frame, as in the paper, or over all
-        frames of an utterance.
+        Without boosting, smoothing and anchor.
         """
         self._check(output, target)
         logits = output.detach().to(torch.promote_types(output.dtype, torch.float32))
         items = [(u.lattice, x, None) for u, x in zip(target, self._scores(logits, target), strict=True)]
         sums = path_sums_batch(items, jobs=self.jobs)
-        u = _padded(logits, [_visible(s, less_reference(t, s)) for t, s in zip(target, sums, strict=True)]) * self.scale
-        over = (-1,) if self.fisher_over == "frame" else (-2, -1)
-        return lambda v: u * (u * v).sum(over, keepdim=True)
+        slopes = [_visible(s, less_reference(u, s)) for u, s in zip(target, sums, strict=True)]
+        return _padded(logits, slopes).mul_(self.scale)
+
+    @property
+    def fisher_dims(self) -> tuple[int, ...]:
+        """Those of a frame, as in the paper, or of all frames of an utterance."""
+        return (-1,) if self.fisher_over == "frame" else (-2, -1)
 
     def _criterion(self, logits: Tensor, target: Sequence[SequenceTarget]) -> Tensor:
         """The sum of the criterion over the utterances, differentiable twice."""

@@ -186,9 +186,10 @@ class Objective:
     def fisher_diagonal(self, theta: Float[Tensor, " n"], draws: int = 4) -> Float[Tensor, " n"]:
         """An unbiased estimate of the diagonal of the empirical Fisher matrix, on the curvature's data.
 
-        With a random sign s_f for every frame f, the square of J' (s_f u_f) has the sum of the squares of the frames'
-        own gradients as its expectation (Martens, Sutskever and Swersky, 2012, use such signs for the Hessian's): one
-        reverse pass per draw, and none per frame.
+        With a random sign s_f for every frame f, the square of sum_f J_f' (s_f u_f) has the sum of the squares of the
+        J_f' u_f as its expectation (Martens, Sutskever and Swersky, 2012, use such signs for the Hessian's): one
+        reverse pass per draw, and none per frame. The u_f are those of the loss's ``fisher``; where they are of whole
+        utterances, so are the signs.
 
         Args:
             theta: the point.
@@ -203,10 +204,11 @@ class Objective:
         for inputs, target, seed in self._stream(self._curvature):
             with torch.enable_grad():
                 output = self._output(inputs, seed, leaves)
-                (u,) = torch.autograd.grad(self.loss(output, target), output, retain_graph=True)
+            u = self.loss.fisher_factor(output.detach(), target)
+            one_each = u.sum(self.loss.fisher_dims, keepdim=True).shape
             generator = torch.Generator(u.device).manual_seed(seed)
             for _ in range(draws):
-                sign = torch.randint(2, (*u.shape[:-1], 1), generator=generator, device=u.device) * 2 - 1
+                sign = torch.randint(2, one_each, generator=generator, device=u.device) * 2 - 1
                 pulled = torch.autograd.grad(output, parameters, u * sign, retain_graph=True, materialize_grads=True)
                 total += self.space.flatten(pulled).square_()
         self.communicator.sum_(total)

@@ -72,6 +72,14 @@ def test_the_curvature_is_the_hessian(case: LossCase) -> None:
         assert float((v * product).sum()) >= 0
 
 
+def test_the_fisher_matrix_is_of_its_factors(case: LossCase) -> None:
+    loss = case.loss()
+    u, v = loss.fisher_factor(case.output, case.target), cases.draw(*case.output.shape, seed=7)
+    assert u.shape == case.output.shape and not u[~case.counts].any()
+    expected = torch.stack([row * (row @ along) for row, along in zip(u.flatten(0, 1), v.flatten(0, 1), strict=True)])
+    torch.testing.assert_close(loss.fisher(case.output, case.target)(v).flatten(0, 1), expected)
+
+
 def test_half_precision_is_summed_in_single(case: LossCase) -> None:
     loss = case.loss()
     exact = loss(case.output.bfloat16().double(), case.target)

@@ -185,6 +185,26 @@ def test_the_fisher_matrix_is_of_mmi(name: str, over: str) -> None:
 
 
 @pytest.mark.parametrize("name", CRITERIA)
+@pytest.mark.parametrize("over", ["frame", "utterance"])
+def test_the_fisher_diagonal_is_that_of_the_fisher_matrix(name: str, over: str) -> None:
+    loss = CRITERIA[name].build(fisher=over, smoothing=0.3, anchor=0.2)
+    objective = Objective(network(), loss, [(features(), targets(loss))])
+    theta = objective.space.point()
+    exact = dense.matrix_of(objective.curvature(theta, Curvature.EMPIRICAL_FISHER)).diagonal()
+    found = objective.fisher_diagonal(theta, draws=600)
+    torch.testing.assert_close(found, exact, rtol=0.25, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["MMI", "sMBR"])
+def test_the_fisher_diagonal_of_utterances_is_exact_for_one_in_each_micro_batch(name: str) -> None:
+    loss = CRITERIA[name].build(fisher="utterance")
+    objective = Objective(network(), loss, [(features()[b : b + 1], targets(loss)[b : b + 1]) for b in range(2)])
+    theta = objective.space.point()
+    exact = dense.matrix_of(objective.curvature(theta, Curvature.EMPIRICAL_FISHER)).diagonal()
+    torch.testing.assert_close(objective.fisher_diagonal(theta, 1), exact, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", CRITERIA)
 def test_upstream_gradients_and_a_second_backward_are_respected(name: str) -> None:
     loss = CRITERIA[name].build()
     output = OUTPUT.clone().requires_grad_()
