@@ -128,7 +128,7 @@ class _ExpectedAccuracy(SequenceLoss):
     def correct(self, output: Float[Tensor, "B T C"], target: Sequence[SequenceTarget]) -> tuple[float, float]:
         """The expected accuracy, and the reference's own."""
         self._check(output, target)
-        scores = self._scores(output.to(torch.promote_types(output.dtype, torch.float32)), target)
+        scores = self._scores(output.to(torch.promote_types(output.dtype, torch.float32)), target, self.scale)
         expected = sum(sums.mean for sums in self._sums(target, scores, backward=False))
         return expected, sum(u.most for u in target)
 

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Literal, TypedDict
 
 import numpy as np
@@ -53,7 +54,8 @@ class SequenceLoss(Loss, ABC):
         fisher: ``"frame"`` or ``"utterance"``: over what the gradients of an empirical Fisher matrix are summed.
         jobs: threads of the recursion.
 
-    ``scale``, ``smoothing`` and ``anchor`` are plain attributes, free to follow a schedule.
+    ``scale``, ``smoothing`` and ``anchor`` are plain attributes, free to follow a schedule: a value, its derivatives
+    and a product are of what they were when it was asked for.
 
     Raises:
         ValueError: an option out of its range.
@@ -147,30 +149,30 @@ class SequenceLoss(Loss, ABC):
         return lambda v: known(v).mul_(share) + others * p * (v - (p * v).sum(-1, keepdim=True))
 
     def _known_curvature(self, logits: Tensor, target: Sequence[SequenceTarget]) -> Product:
-        scores = self._scores(logits, target)
+        scores = self._scores(logits, target, self.scale)
         sums = self._sums(target, scores, backward=self.output_curvature is not OutputCurvature.LATTICE)
         if self.output_curvature is OutputCurvature.LATTICE:
             dead = torch.tensor([not math.isfinite(s.log_z) for s in sums], device=logits.device)[:, None, None]
             dead = dead & _counting(logits, target).unsqueeze(-1)
-            return lambda v: self._along(logits, target, v).masked_fill_(dead, math.nan)
+            along = partial(self._along, target, self.scale, logits)
+            return lambda v: along(v).masked_fill_(dead, math.nan)
         occupancy = _padded(logits, [_visible(s, s.occupancy) for s in sums])
         if self.output_curvature is OutputCurvature.SURROGATE:
             block = softmax_block(occupancy)
         else:
             slopes = [_visible(s, self._slope(u, s)) for u, s in zip(target, sums, strict=True)]
             block = self._block(_padded(logits, slopes), occupancy)
-        return lambda v: block(v).mul_(self.scale**2)
+        curved = self.scale**2
+        return lambda v: block(v).mul_(curved)
 
-    def fisher_factor(
-        self, output: Float[Tensor, "B T C"], target: Sequence[SequenceTarget]
-    ) -> Float[Tensor, "B T C"]:
+    def fisher_factor(self, output: Float[Tensor, "B T C"], target: Sequence[SequenceTarget]) -> Float[Tensor, "B T C"]:
         """The gradient of MMI, whatever the criterion (section 5.2 of the paper).
 
         Without boosting, smoothing and anchor.
         """
         self._check(output, target)
         logits = output.detach().to(torch.promote_types(output.dtype, torch.float32))
-        items = [(u.lattice, x, None) for u, x in zip(target, self._scores(logits, target), strict=True)]
+        items = [(u.lattice, x, None) for u, x in zip(target, self._scores(logits, target, self.scale), strict=True)]
         sums = path_sums_batch(items, jobs=self.jobs)
         slopes = [_visible(s, less_reference(u, s)) for u, s in zip(target, sums, strict=True)]
         return _padded(logits, slopes).mul_(self.scale)
@@ -183,30 +185,31 @@ class SequenceLoss(Loss, ABC):
     def _criterion(self, logits: Tensor, target: Sequence[SequenceTarget]) -> Tensor:
         """The sum of the criterion over the utterances, differentiable twice."""
         wanted = torch.is_grad_enabled() and logits.requires_grad
-        scores = self._scores(logits, target)
+        scores = self._scores(logits, target, self.scale)
         sums = self._sums(target, scores, backward=wanted)
         rows = zip(target, scores, sums, strict=True)
         value = sum(self._loss(*row) if math.isfinite(row[-1].log_z) else math.nan for row in rows)
         if not wanted:
             return logits.new_tensor(value)
         slopes = [_visible(s, self._slope(u, s)) for u, s in zip(target, sums, strict=True)]
-        return _Criterion.apply(logits, value, _padded(logits, slopes).mul_(self.scale), self, target)
+        slope = _padded(logits, slopes).mul_(self.scale)
+        return _Criterion.apply(logits, value, slope, partial(self._along, target, self.scale))
 
-    def _along(self, logits: Tensor, target: Sequence[SequenceTarget], v: Tensor) -> Tensor:
-        """The Hessian of the criterion in the logits times v."""
+    def _along(self, target: Sequence[SequenceTarget], scale: float, logits: Tensor, v: Tensor) -> Tensor:
+        """The Hessian of the criterion in the logits times v; ``scale`` may have moved on since it was asked for."""
         directions = v.detach().to("cpu", logits.dtype).numpy()
-        scores = self._scores(logits, target)
+        scores = self._scores(logits, target, scale)
 
         def product(b: int) -> np.ndarray:
             return self._second(target[b], scores[b], directions[b, : len(target[b])])
 
         with ThreadPoolExecutor(self.jobs) as threads:
             products = list(threads.map(product, range(len(target))))
-        return _padded(logits, products).mul_(self.scale**2)
+        return _padded(logits, products).mul_(scale**2)
 
-    def _scores(self, logits: Tensor, target: Sequence[SequenceTarget]) -> list[np.ndarray]:
+    def _scores(self, logits: Tensor, target: Sequence[SequenceTarget], scale: float) -> list[np.ndarray]:
         """k (a - log q) of the frames of every utterance."""
-        scores = (self.scale * (logits.detach() - self.log_prior.to(logits))).cpu().numpy()
+        scores = (scale * (logits.detach() - self.log_prior.to(logits))).cpu().numpy()
         return [x[: len(utterance)] for utterance, x in zip(target, scores, strict=True)]
 
     def _sums(
@@ -252,43 +255,38 @@ class SequenceLoss(Loss, ABC):
 
 
 class _Criterion(torch.autograd.Function):
-    """The criterion [] of logits [B, T, C], of known gradient."""
+    """The criterion [] of logits [B, T, C], of known gradient and Hessian: logits, v -> H v."""
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, value: float, slope: Tensor, loss: SequenceLoss, target: Sequence[SequenceTarget]
+        ctx: Any, logits: Tensor, value: float, slope: Tensor, hessian: Callable[[Tensor, Tensor], Tensor]
     ) -> Tensor:
         ctx.save_for_backward(logits, slope)
-        ctx.loss, ctx.target = loss, target
+        ctx.hessian = hessian
         return logits.new_tensor(value)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
         logits, slope = ctx.saved_tensors
-        return _Slope.apply(logits, upstream, slope, ctx.loss, ctx.target), None, None, None, None
+        return _Slope.apply(logits, upstream, slope, ctx.hessian), None, None, None
 
 
 class _Slope(torch.autograd.Function):
-    """Its gradient times what comes from above; once more differentiable, by the lattice's Hessian."""
+    """Its gradient times what comes from above; once more differentiable, by the Hessian."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        logits: Tensor,
-        upstream: Tensor,
-        slope: Tensor,
-        loss: SequenceLoss,
-        target: Sequence[SequenceTarget],
+        ctx: Any, logits: Tensor, upstream: Tensor, slope: Tensor, hessian: Callable[[Tensor, Tensor], Tensor]
     ) -> Tensor:
         ctx.save_for_backward(logits, upstream, slope)
-        ctx.loss, ctx.target = loss, target
+        ctx.hessian = hessian
         return upstream * slope
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, v: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor, Tensor, None, None]:
         logits, upstream, slope = ctx.saved_tensors
-        return upstream * ctx.loss._along(logits, ctx.target, v), (v * slope).sum(), None, None, None
+        return upstream * ctx.hessian(logits, v), (v * slope).sum(), None, None
 
 
 def softmax_block(occupancy: Float[Tensor, "B T C"]) -> Product:

@@ -171,6 +171,31 @@ def test_second_derivatives_by_autograd_are_exact(name: str) -> None:
     assert torch.autograd.gradgradcheck(lambda x: loss(x, given), (output,))
 
 
+@pytest.mark.parametrize("kind", OutputCurvature)
+@pytest.mark.parametrize("name", ["MMI", "sMBR"])
+def test_a_schedule_changes_nothing_that_was_asked_for_before(name: str, kind: OutputCurvature) -> None:
+    loss = CRITERIA[name].build(curvature=kind, smoothing=0.2, anchor=0.3)
+    given, v = targets(loss), torch.randn(OUTPUT.shape, dtype=torch.float64)
+    output = OUTPUT.clone().requires_grad_()
+
+    def asked() -> list[Callable[[], Tensor]]:
+        value = loss(output, given)
+        (slope,) = torch.autograd.grad(value, output, create_graph=True)
+        curved, fisher = loss.curvature(OUTPUT, given), loss.fisher(OUTPUT, given)
+        return [
+            lambda: curved(v),
+            lambda: fisher(v),
+            lambda: torch.autograd.grad(value, output, retain_graph=True)[0],
+            lambda: torch.autograd.grad(slope, output, v, retain_graph=True)[0],
+        ]
+
+    products = asked()
+    before = [product() for product in products]
+    loss.scale, loss.smoothing, loss.anchor = 1.9, 0.5, 0.1
+    for product, known, after in zip(products, before, asked(), strict=True):
+        assert torch.equal(product(), known) and not torch.allclose(after(), known)
+
+
 @pytest.mark.parametrize("name", CRITERIA)
 @pytest.mark.parametrize("over", ["frame", "utterance"])
 def test_the_fisher_matrix_is_of_mmi(name: str, over: str) -> None:
