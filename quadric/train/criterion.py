@@ -175,6 +175,12 @@ class SequenceTraining:
             raise ValueError("sgd, adam, hessian_free, natural_gradient, nghf are all none: leave one in at least")
         if self.sgd is not None and self.adam is not None and self.sgd.name == self.adam.name:
             raise ValueError(f"sgd and adam both have optimizer={self.sgd.optimizer.__name__}: leave one of them out")
+        for method in (self.natural_gradient, self.nghf):
+            if method is not None and method.metric == "fisher":
+                raise ValueError(
+                    f"{method.name}.metric=fisher: a sequence criterion is no distribution to draw targets from; "
+                    "choose empirical_fisher or gauss_newton"
+                )
 
     @property
     def methods(self) -> dict[str, Method]:

@@ -235,6 +235,8 @@ def test_competitors_that_cannot_be_are_refused() -> None:
         (["sequence.nghf=none"], "leave one in at least"),
         (["sequence.sgd.lr=0.1", "sequence.adam.optimizer=torch.optim.SGD"], "sgd and adam both have optimizer=SGD"),
         (["sequence.dropout=2"], "dropout=2"),
+        (["sequence.nghf.metric=fisher"], "nghf.metric=fisher: a sequence criterion is no distribution"),
+        (["sequence.natural_gradient.metric=fisher"], "natural_gradient.metric=fisher: a sequence criterion is no"),
     ],
 )
 def test_wrong_options(options: list[str], problem: str) -> None:
