@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -29,7 +30,7 @@ from quadric.loss.full_sum import FullSum, FullSumTarget
 from quadric.loss.loss import Bernoulli, CrossEntropy, Loss, SquaredError
 from quadric.loss.sequence import MMI, MPE, SMBR
 from quadric.loss.sequence_loss import SequenceLoss
-from quadric.loss.sequence_target import OutputCurvature
+from quadric.loss.sequence_target import OutputCurvature, Teacher
 from quadric.model.acoustic import DNN, TDNN, AcousticModel
 from quadric.model.recurrent import LSTM, RNN
 from quadric.objective.curvature import CurvatureOperator
@@ -181,8 +182,12 @@ def _sequence(cls: type[SequenceLoss], **options: Any) -> LossCase:
         prior = torch.log_softmax(draw(PDFS, seed=4), 0)
         return cls(prior, scale=0.6, smoothing=0.1, anchor=0.2, curvature=OutputCurvature.LATTICE, **options)
 
+    def teacher(frames: int) -> Teacher:
+        """Of all pdfs: the Fisher matrix of its divergence is then the Hessian."""
+        return np.tile(np.arange(PDFS, dtype=np.int32), (frames, 1)), np.full((frames, PDFS), 1 / PDFS)
+
     made = [utterance(80, 6), utterance(46, 4)]
-    target = [loss().target(lattice, reference, teacher=teacher) for lattice, reference, teacher in made]
+    target = [loss().target(lattice, path, teacher=teacher(len(path))) for lattice, path, _ in made]
     return LossCase(loss, draw(2, 7, PDFS), target, _first(7, [6, 4]), semidefinite=cls is MMI)
 
 

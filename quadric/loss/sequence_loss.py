@@ -19,7 +19,8 @@ from torch.nn import functional
 from quadric.lattice.expectation import PathSums, path_sums_batch
 from quadric.lattice.lattice import Lattice, StatePath
 from quadric.loss.loss import Loss, check_log_prior, check_utterances
-from quadric.loss.sequence_target import OutputCurvature, SequenceTarget, Teacher
+from quadric.loss.sequence_anchor import class_means, divergence
+from quadric.loss.sequence_target import TOLERANCE, OutputCurvature, SequenceTarget, Teacher
 
 Product = Callable[[Tensor], Tensor]
 
@@ -39,8 +40,9 @@ class SequenceLoss(Loss, ABC):
     """(1 - smoothing) sequence criterion + smoothing cross-entropy + anchor KL(teacher || model), summed.
 
     The cross-entropy is that of the reference's pdfs (F-smoothing: H. Su et al., "Error back propagation for sequence
-    training of context-dependent deep networks", ICASSP 2013); the divergence is exact, its constant included: 0 where
-    the model is the teacher. Targets are made by `target`, once per utterance.
+    training of context-dependent deep networks", ICASSP 2013); the divergence has the pdfs that a frame's teacher does
+    not list as one class (see `quadric.loss.sequence_anchor`), its constant included: 0 where the model is the teacher.
+    Targets are made by `target`, once per utterance.
 
     The gradient is that of the recursion, from occupancies; second derivatives by autograd are exact too, at a pass
     over the lattice each. A lattice whose log Z is not finite gives NaN, in the value and in its frames.
@@ -99,7 +101,7 @@ class SequenceLoss(Loss, ABC):
         Args:
             lattice: its likely paths.
             reference: what was said, aligned.
-            teacher: for ``anchor``: another model's likeliest pdfs [T, K] and their probabilities, which sum to 1.
+            teacher: for ``anchor``: another model's likeliest pdfs [T, K] and their probabilities among all pdfs.
 
         Raises:
             ValueError: the three are of different frames, or emit pdfs that the prior does not know.
@@ -138,15 +140,22 @@ class SequenceLoss(Loss, ABC):
         return torch.tensor(sum(map(len, target)))
 
     def curvature(self, output: Float[Tensor, "B T C"], target: Sequence[SequenceTarget]) -> Product:
-        """v -> H v with the matrix that ``curvature`` chose, and the softmax's of the other two terms."""
+        """v -> H v with the matrix that ``curvature`` chose, and the Fisher matrices of the other two terms.
+
+        The softmax's is the cross-entropy's Hessian too; that of the teacher's classes is the divergence's at the
+        teacher, and positive semi-definite where the Hessian is not.
+        """
         self._check(output, target)
         logits = output.detach().to(torch.promote_types(output.dtype, torch.float32))
         known = self._known_curvature(logits, target)
-        share, others = 1.0 - self.smoothing, self.smoothing + self.anchor
-        if not others:
-            return lambda v: known(v).mul_(share)
-        p = torch.where(_counting(logits, target).unsqueeze(-1), torch.softmax(logits, -1), 0.0)
-        return lambda v: known(v).mul_(share) + others * p * (v - (p * v).sum(-1, keepdim=True))
+        smoothing, anchor = self.smoothing, self.anchor
+        if not smoothing and not anchor:
+            return known
+        softmax = softmax_block(torch.where(_counting(logits, target).unsqueeze(-1), torch.softmax(logits, -1), 0.0))
+        if not anchor:
+            return lambda v: known(v).mul_(1.0 - smoothing) + softmax(smoothing * v)
+        means = class_means(logits, [u.teacher for u in target if u.teacher is not None])
+        return lambda v: known(v).mul_(1.0 - smoothing) + softmax(smoothing * v + anchor * means(v))
 
     def _known_curvature(self, logits: Tensor, target: Sequence[SequenceTarget]) -> Product:
         scores = self._scores(logits, target, self.scale)
@@ -227,9 +236,8 @@ class SequenceLoss(Loss, ABC):
             total = total + self.smoothing * functional.nll_loss(log_p, pdf, reduction="sum")
         if self.anchor:
             for u, own in zip(target, log_p.split([len(u) for u in target]), strict=True):
-                pdfs, q = (torch.from_numpy(part).to(logits.device) for part in u.teacher or ())
-                q = q.to(logits.dtype) / q.sum(1, dtype=logits.dtype, keepdim=True)
-                total = total + self.anchor * (torch.xlogy(q, q) - q * own.gather(1, pdfs.long())).sum()
+                assert u.teacher is not None
+                total = total + self.anchor * divergence(own, u.teacher)
         return total
 
     def _check(self, output: Tensor, target: Sequence[SequenceTarget]) -> None:
@@ -244,6 +252,12 @@ class SequenceLoss(Loss, ABC):
             raise ValueError(
                 f"the target emits pdf {target.num_pdfs - 1}, but log_prior has {len(self.log_prior)} entries: "
                 "lattice, reference, teacher and model must be of one set of pdfs"
+            )
+        listed = 0 if target.teacher is None else target.teacher[0].shape[1]
+        if listed == len(self.log_prior) and target.unlisted > TOLERANCE:
+            raise ValueError(
+                f"teacher lists all {listed} pdfs, but leaves {target.unlisted:g} of a frame to others: its "
+                "probabilities must then sum to 1"
             )
         return target
 

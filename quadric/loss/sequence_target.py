@@ -7,12 +7,12 @@ from enum import Enum
 from functools import cached_property
 
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Float, Float32, Int32
 
 from quadric.lattice.lattice import Lattice, StatePath
 
-Teacher = tuple[Int32[np.ndarray, " T K"], Float32[np.ndarray, " T K"]]
-"""The likeliest pdfs of every frame by another model, and their probabilities: rows sum to 1."""
+Teacher = tuple[Int32[np.ndarray, " T K"], Float[np.ndarray, " T K"]]
+"""The likeliest pdfs of every frame by another model, and their probabilities: what is missing to 1 is the others'."""
 
 TOLERANCE = 1e-3
 """Of a sum of probabilities."""
@@ -44,7 +44,8 @@ class SequenceTarget:
         boosted: for boosted MMI: the lattice with the weights of its arcs lowered by their accuracies.
 
     Raises:
-        ValueError: parts of different lengths; probabilities of the teacher that do not sum to 1.
+        ValueError: parts of different lengths; a teacher's pdfs that are not different ones, or probabilities of it
+            that are none.
     """
 
     lattice: Lattice
@@ -75,15 +76,22 @@ class SequenceTarget:
                 f"{list(probabilities.shape)}"
             )
         sums = probabilities.sum(1, dtype=np.float64)
-        worst = int(np.abs(sums - 1.0).argmax())
-        if not np.all(probabilities >= 0.0) or not np.all(np.abs(sums - 1.0) <= TOLERANCE):
+        worst = int(sums.argmax())
+        if not np.all(probabilities >= 0.0) or not np.all(sums <= 1.0 + TOLERANCE):
             raise ValueError(
-                f"teacher's probabilities must not be negative and sum to 1 in every frame; frame {worst} sums to "
-                f"{sums[worst]:g}: divide those that are kept by their sum"
+                f"teacher's probabilities must not be negative and sum to at most 1 in every frame; frame {worst} sums "
+                f"to {sums[worst]:g}: give them as the softmax over all pdfs does"
             )
+        if not np.diff(np.sort(pdfs, 1)).all():
+            raise ValueError("teacher lists a pdf twice in a frame: give every pdf once")
 
     def __len__(self) -> int:
         return len(self.lattice)
+
+    @cached_property
+    def unlisted(self) -> float:
+        """The most that the teacher gives, in any frame, to the pdfs that it does not list."""
+        return 0.0 if self.teacher is None else float(1.0 - self.teacher[1].sum(1, dtype=np.float64).min())
 
     @cached_property
     def num_pdfs(self) -> int:

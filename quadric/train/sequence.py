@@ -40,7 +40,7 @@ from quadric.train.system import Likelihoods, System
 logger = logging.getLogger(__name__)
 
 _TEACHER = 20
-"""Of another network's posteriors as many are kept a frame; the rest is shared among them."""
+"""Of another network's posteriors as many are kept a frame; the others count together."""
 
 
 class LeftOut(NamedTuple):
@@ -269,10 +269,9 @@ def _sharpened(lattice: Lattice, reference: StatePath, by: float) -> tuple[Latti
 
 
 def _likeliest(posteriors: Float[torch.Tensor, "T C"]) -> tuple[np.ndarray, np.ndarray]:
-    """The likeliest pdfs of every frame, and their probabilities, which sum to one."""
+    """The likeliest pdfs of every frame, and their probabilities."""
     top = posteriors.topk(min(_TEACHER, posteriors.shape[-1]), dim=-1)
-    shares = top.values / top.values.sum(-1, keepdim=True)
-    return top.indices.to(torch.int32).numpy(), shares.to(torch.float32).numpy()
+    return top.indices.to(torch.int32).numpy(), top.values.to(torch.float32).numpy()
 
 
 def _listed(reasons: Mapping[str, LeftOut]) -> str:

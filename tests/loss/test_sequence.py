@@ -68,7 +68,7 @@ def targets(loss: SequenceLoss) -> list[SequenceTarget]:
 
 def twin_of(criterion: Criterion, loss: SequenceLoss, output: Tensor) -> Tensor:
     total = output.new_zeros(())
-    for x, (lattice, reference, (pdfs, q)) in zip(output, UTTERANCES, strict=True):
+    for x, (lattice, reference, teacher) in zip(output, UTTERANCES, strict=True):
         own = x[: len(reference)]
         if criterion.loss is MMI:
             worth = twin.worths(lattice, reference, "frame", criterion.silence, criterion.one_class) * criterion.boost
@@ -77,9 +77,7 @@ def twin_of(criterion: Criterion, loss: SequenceLoss, output: Tensor) -> Tensor:
             worth = twin.worths(lattice, reference, criterion.kind, criterion.silence, criterion.one_class)
             one = twin.risk(own, PRIOR, loss.scale, lattice, worth, most(criterion, reference))
         log_p = torch.log_softmax(own, -1)
-        probabilities = torch.from_numpy(q).double() / torch.from_numpy(q).double().sum(1, keepdim=True)
-        likely = torch.zeros_like(log_p).scatter(1, torch.from_numpy(pdfs).long(), probabilities)
-        divergence = nn.functional.kl_div(log_p, likely, reduction="sum")
+        divergence = twin.divergence(own, teacher)
         entropy = nn.functional.nll_loss(log_p, torch.from_numpy(reference.pdf).long(), reduction="sum")
         total = total + (1 - loss.smoothing) * one + loss.smoothing * entropy + loss.anchor * divergence
     return total
@@ -119,7 +117,12 @@ def test_curvatures_are_the_hessian_its_blocks_and_what_stands_for_them(name: st
     plain = criterion.build(**extra)
     tolerance = {"rtol": 1e-6, "atol": 1e-6} if name in ROUNDED else {"rtol": 1e-9, "atol": 1e-11}
     v = torch.randn(OUTPUT.shape, dtype=torch.float64)
-    H = hessian(lambda z: twin_of(criterion, plain, z), OUTPUT)
+    of_classes = torch.zeros(2, 7, C, C, dtype=torch.float64)
+    for block, x, (_, reference, (pdfs, _)) in zip(of_classes, OUTPUT, UTTERANCES, strict=True):
+        block[: len(reference)] = plain.anchor * twin.fisher_of_classes(x[: len(reference)], pdfs)
+    without = criterion.build(**extra | {"anchor": 0.0})
+    H = hessian(lambda z: twin_of(criterion, without, z), OUTPUT)
+    H = H + torch.einsum("btce,bd,tu->btcdue", of_classes, torch.eye(2).double(), torch.eye(7).double())
 
     def product(kind: OutputCurvature) -> Tensor:
         loss = criterion.build(**extra, curvature=kind)
@@ -130,13 +133,13 @@ def test_curvatures_are_the_hessian_its_blocks_and_what_stands_for_them(name: st
     same_frame = torch.einsum("btce,bte->btc", blocks, v)
     torch.testing.assert_close(product(OutputCurvature.SAME_FRAME), same_frame, **tolerance)
 
-    share, others = 1 - plain.smoothing, plain.smoothing + plain.anchor
+    share = 1 - plain.smoothing
     slope, occupancy = slopes(criterion, plain)
     p = torch.softmax(OUTPUT, -1) * torch.tensor([[t < frames for t in range(7)] for frames in FRAMES])[..., None]
-    softmax = others * (torch.diag_embed(p) - p[..., None] * p[..., None, :])
+    frames = plain.smoothing * (torch.diag_embed(p) - p[..., None] * p[..., None, :]) + of_classes
     k = share * plain.scale**2
-    surrogate = k * (torch.diag_embed(occupancy) - occupancy[..., None] * occupancy[..., None, :]) + softmax
-    printed = k * (torch.diag_embed(slope) - slope[..., None] * occupancy[..., None, :]) + softmax
+    surrogate = k * (torch.diag_embed(occupancy) - occupancy[..., None] * occupancy[..., None, :]) + frames
+    printed = k * (torch.diag_embed(slope) - slope[..., None] * occupancy[..., None, :]) + frames
     for kind, matrix in ((OutputCurvature.SURROGATE, surrogate), (OutputCurvature.PRINTED, printed)):
         torch.testing.assert_close(product(kind), torch.einsum("btce,bte->btc", matrix, v), **tolerance)
     if name in RISKS and not extra:
@@ -164,7 +167,7 @@ def slopes(criterion: Criterion, loss: SequenceLoss) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("name", CRITERIA)
 def test_second_derivatives_by_autograd_are_exact(name: str) -> None:
-    loss = CRITERIA[name].build(smoothing=0.2)
+    loss = CRITERIA[name].build(smoothing=0.2, anchor=0.3)
     given = targets(loss)
     output = OUTPUT.clone().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: loss(x, given), (output,))
@@ -310,14 +313,18 @@ def test_padding_may_hold_anything() -> None:
         assert loss.curvature(broken, given)(OUTPUT).isfinite().all()
 
 
-def test_a_model_that_is_its_own_teacher_has_no_divergence() -> None:
-    p = torch.softmax(OUTPUT[0, :6], -1)
-    pdfs = np.tile(np.arange(C, dtype=np.int32), (6, 1))
+@pytest.mark.parametrize("listed", [1, 3, C])
+def test_a_model_that_is_its_own_teacher_has_no_divergence(listed: int) -> None:
+    top = torch.softmax(OUTPUT[0, :6], -1).topk(listed, -1)
     loss = SMBR(PRIOR, scale=1.0, smoothing=1.0, anchor=2.0)
     lattice, reference, _ = UTTERANCES[0]
-    target = loss.target(lattice, reference, teacher=(pdfs, p.numpy().astype(np.float32)))
-    entropy = nn.functional.cross_entropy(OUTPUT[0, :6], torch.from_numpy(reference.pdf).long(), reduction="sum")
-    assert float(loss(OUTPUT[:1], [target])) == pytest.approx(float(entropy), abs=1e-6)
+    target = loss.target(lattice, reference, teacher=(top.indices.int().numpy(), top.values.numpy()))
+    output = OUTPUT[:1].clone().requires_grad_()
+    value = loss(output, [target])
+    entropy = nn.functional.cross_entropy(output[0, :6], torch.from_numpy(reference.pdf).long(), reduction="sum")
+    torch.testing.assert_close(value, entropy, rtol=0, atol=1e-13)
+    (gradient,), (wanted,) = (torch.autograd.grad(x, output) for x in (value, entropy))
+    torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-14)
 
 
 def network() -> nn.Sequential:
@@ -461,9 +468,14 @@ def test_targets_of_parts_that_do_not_fit_are_refused() -> None:
         with pytest.raises(ValueError, match="emits pdf 7, but log_prior has 5"):
             loss.target(replace(lattice, pdf=lattice.pdf + np.int32(7) * (lattice.pdf == 0)), reference)
         with pytest.raises(ValueError, match="emits pdf 9, but log_prior has 5"):
-            loss.target(lattice, reference, teacher=(np.full_like(pdfs, 9), q))
-        with pytest.raises(ValueError, match=r"frame 3 sums to 0\.5"):
-            loss.target(lattice, reference, teacher=(pdfs, q * np.where(np.arange(6) == 3, 0.5, 1.0)[:, None]))
+            loss.target(lattice, reference, teacher=(pdfs + np.int32(9) * (pdfs == 0), q))
+        with pytest.raises(ValueError, match=r"at most 1 in every frame; frame 3 sums to 1\.44: give them as"):
+            loss.target(lattice, reference, teacher=(pdfs, q * np.where(np.arange(6) == 3, 2.0, 1.0)[:, None]))
+        with pytest.raises(ValueError, match="teacher lists a pdf twice in a frame"):
+            loss.target(lattice, reference, teacher=(pdfs[:, [0, 1, 0]], q))
+        everything = np.tile(np.arange(C, dtype=np.int32), (6, 1))
+        with pytest.raises(ValueError, match=r"teacher lists all 5 pdfs, but leaves 0\.1 of a frame to others"):
+            loss.target(lattice, reference, teacher=(everything, np.full((6, C), 0.18)))
         with pytest.raises(ValueError, match=r"teacher must be pdfs and probabilities \[6, K\], not \[5, 3\]"):
             loss.target(lattice, reference, teacher=(pdfs[:5], q[:5]))
         with pytest.raises(ValueError, match="must not be negative"):

@@ -164,12 +164,40 @@ def test_a_set_of_which_nothing_is_left_is_refused() -> None:
         targets(competition(), loss, "add", silent, "train")
 
 
+class Unsure:
+    """Stands in for a network of many pdfs: most of a frame is with the likeliest few, and much is not."""
+
+    logits = 1.5 * torch.randn(max(FRAMES), 60, generator=torch.Generator().manual_seed(3))
+
+    def posteriors(self, id: str) -> torch.Tensor:
+        return torch.softmax(self.logits[: FRAMES[int(id[1:])]], -1)
+
+
 def test_an_anchor_has_the_likeliest_of_the_first_network() -> None:
-    found = targets(competition(), smbr(anchor=0.1), "add", silent, "train")
-    for target in found.targets.values():
+    loss = SMBR(torch.zeros(60), scale=0.5, anchor=0.1)
+    found = targets(competition(scores=Unsure()), loss, "add", silent, "train")
+    for id, target in found.targets.items():
         assert target.teacher is not None
-        pdfs, shares = target.teacher
-        assert pdfs.shape == (len(target), PDFS) and np.allclose(shares, 1 / PDFS)
+        pdfs, probabilities = target.teacher
+        assert pdfs.shape == (len(target), 20) and probabilities.dtype == np.float32
+        everything = Unsure().posteriors(id).numpy()
+        assert np.array_equal(np.take_along_axis(everything, pdfs, 1), probabilities)
+        assert np.all(probabilities.min(1) >= np.sort(everything)[:, -21]) and 0.1 < target.unlisted < 0.5
+    few = targets(competition(), smbr(anchor=0.1), "add", silent, "train").targets["u0"].teacher
+    assert few is not None and few[0].shape == (FRAMES[0], PDFS)
+
+
+def test_the_network_that_a_training_starts_from_is_where_its_anchor_holds_it() -> None:
+    """Value and gradient of the divergence are 0 there, and no frame is drawn to be surer."""
+    held, free = (SMBR(torch.zeros(60), scale=0.5, anchor=anchor) for anchor in (1.0, 0.0))
+    made = targets(competition(scores=Unsure()), held, "add", silent, "train").targets
+    for id, target in made.items():
+        output = Unsure().logits[None, : FRAMES[int(id[1:])]].clone().requires_grad_()
+        added = held(output, [target]) - free(output, [target])
+        (gradient,) = torch.autograd.grad(added, output)
+        assert abs(float(added.detach())) < 1e-5 and float(gradient.abs().max()) < 1e-6
+        further = held(1.2 * output, [target]) - free(1.2 * output, [target])
+        assert float(further.detach()) > 0.01
 
 
 # ------------------------------------------------------------------------------------------------ the options
