@@ -56,6 +56,21 @@ class LatticeOptions:
             raise ValueError(f"max_active={self.max_active} must be at least 2; 5000 is usual")
 
 
+def checked(scores: Float[np.ndarray, "T C"], graph: LabelledAutomaton) -> Float32[np.ndarray, "T C"]:
+    """``scores`` for a search; ``ValueError`` where there are no frames, too few columns, or numbers not finite."""
+    if np.ndim(scores) != 2 or not len(scores):
+        raise ValueError(f"scores must be a matrix of frames and pdfs, not of shape {np.shape(scores)}")
+    if scores.shape[1] < graph.num_pdfs:
+        raise ValueError(
+            f"scores has {scores.shape[1]} columns, but the graph emits pdf {graph.num_pdfs - 1}: the scores and the "
+            "graph come from different sets of pdfs"
+        )
+    finite = np.isfinite(scores).all(1)
+    if not finite.all():
+        raise ValueError(f"scores are not finite in frame {int(np.argmin(finite))}: the network has diverged")
+    return np.ascontiguousarray(scores, np.float32)
+
+
 class Generator:
     """Makes lattices of one graph. May be called from several threads at once: the search releases the lock.
 
@@ -86,7 +101,7 @@ class Generator:
             NoPath: no final state is reached, also not with :data:`RETRY` times the beam and the active states.
             ValueError: scores without frames, with too few columns, or that are not finite.
         """
-        scores = self._checked(scores)
+        scores = checked(scores, self.graph)
         for factor in (1.0, RETRY):
             trellis = self._search(scores, factor)
             if trellis is not None:
@@ -96,19 +111,6 @@ class Generator:
             f"{RETRY * self.options.beam:g} and {round(RETRY * self.options.max_active)} active states: the frames are "
             "too few for any sentence, or a wider search is needed"
         )
-
-    def _checked(self, scores: Float[np.ndarray, "T C"]) -> Float32[np.ndarray, "T C"]:
-        if np.ndim(scores) != 2 or not len(scores):
-            raise ValueError(f"scores must be a matrix of frames and pdfs, not of shape {np.shape(scores)}")
-        if scores.shape[1] < self.graph.num_pdfs:
-            raise ValueError(
-                f"scores has {scores.shape[1]} columns, but the graph emits pdf {self.graph.num_pdfs - 1}: the scores "
-                "and the graph come from different sets of pdfs"
-            )
-        finite = np.isfinite(scores).all(1)
-        if not finite.all():
-            raise ValueError(f"scores are not finite in frame {int(np.argmin(finite))}: the network has diverged")
-        return np.ascontiguousarray(scores, np.float32)
 
     def _search(self, scores: Float32[np.ndarray, "T C"], factor: float) -> _Trellis | None:
         automaton, options = self.graph.automaton, self.options

@@ -19,13 +19,13 @@ what is said at the very end has an arc to stand on.
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import kaldifst
 import numpy as np
 from jaxtyping import Bool, Float64, Int32, Int64
+
+from quadric.speech.openfst import contents
 
 EPSILON = -1
 
@@ -81,32 +81,16 @@ def read_transducer(fst: kaldifst.StdVectorFst) -> Transducer:
     kaldifst.connect(fst)
     if fst.num_states == 0:
         raise ValueError("fst accepts nothing: no path leads from its start to a final state")
-    counts = np.array([fst.num_arcs(state) for state in range(fst.num_states)], np.int64)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "fst"
-        if not fst.write(str(file)):
-            raise OSError(f"the graph could not be written to {folder}, where it is read from again: is the disk full?")
-        size = 4 * (3 * len(counts) + 4 * int(counts.sum()))
-        with file.open("rb") as content:
-            content.seek(-size, 2)
-            body = np.frombuffer(content.read(), "<i4")
-    # OpenFst's binary form ends in, for every state, its final cost (float32), the number of its arcs (int64) and the
-    # arcs: input label, output label, cost (float32), target.
-    head = 3 * np.arange(len(counts)) + 4 * (np.cumsum(counts) - counts)
-    is_arc = np.ones(len(body), bool)
-    is_arc[(head[:, None] + np.arange(3)).ravel()] = False
-    final = -body[head].view(np.float32).astype(np.float64)
-    rows = body[is_arc].reshape(-1, 4)
-    source, target = np.repeat(np.arange(len(counts), dtype=np.int32), counts), rows[:, 3].astype(np.int32)
+    read = contents(fst)
     arcs = Arcs(
-        source=source,
-        target=target,
-        pdf=rows[:, 0] - np.int32(1),
-        word=rows[:, 1].astype(np.int32),
-        weight=-rows[:, 2].copy().view(np.float32).astype(np.float64),
-        own_loop=source == target,
+        source=read.source,
+        target=read.target,
+        pdf=read.input - np.int32(1),
+        word=read.output,
+        weight=-read.cost[:, 0].astype(np.float64),
+        own_loop=read.source == read.target,
     )
-    return Transducer(arcs, final, fst.start)
+    return Transducer(arcs, -read.final[:, 0].astype(np.float64), fst.start)
 
 
 def epsilons_behind(fst: Transducer) -> Transducer:

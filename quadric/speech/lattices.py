@@ -26,10 +26,11 @@ from jaxtyping import Float
 
 from quadric.files import new_file
 from quadric.lattice.codec import decode, encode
-from quadric.lattice.generate import Generator, LatticeOptions, NoPath
+from quadric.lattice.generate import LatticeOptions, NoPath
 from quadric.lattice.labelled import LabelledAutomaton
 from quadric.lattice.lattice import Lattice
 from quadric.progress import Progress, silent
+from quadric.speech.backends import AnyGenerator, Backend, generator_of
 from quadric.speech.tables import few
 from quadric.speech.workers import in_order
 
@@ -97,6 +98,7 @@ def make_lattices(
     store: Path,
     *,
     made_from: Mapping[str, Any] | None = None,
+    backend: Backend = "quadric",
     jobs: int = 1,
     shard_size: int = 100,
     progress: Progress = silent,
@@ -114,21 +116,25 @@ def make_lattices(
         store: the folder to keep them in.
         made_from: what the scores depend on, such as the model's checksum and the acoustic scale, for JSON. A store
             made from something else is refused.
+        backend: whose search finds the paths: :class:`~quadric.lattice.generate.Generator`, or, as ``"kaldi"``,
+            :class:`~quadric.speech.kaldi_generator.KaldiGenerator`, which more threads do not make faster.
         jobs: threads.
         shard_size: utterances in a file, and at most lost when the run is ended.
 
     Raises:
         ValueError: the store holds lattices made with something else or is another folder; scores without a column for
-            every pdf of the graph.
+            every pdf of the graph; another backend.
+        ImportError: ``backend`` is not installed.
         Unwritable: the store cannot be written.
     """
     if jobs < 1 or shard_size < 1:
         raise ValueError(f"jobs={jobs} and shard_size={shard_size} must be at least 1")
-    store = Path(store)
-    _claim(store, {"format": _FORMAT, **asdict(options), "graph": _checksum(graph), "made_from": dict(made_from or {})})
+    store, kind = Path(store), generator_of(backend)
+    key = {"format": _FORMAT, **asdict(options), "backend": backend, "graph": _checksum(graph)}
+    _claim(store, {**key, "made_from": dict(made_from or {})})
     done, number = _finished(store)
     left = [id for id in scores if id not in done]
-    make = _Maker(Generator(graph, options))
+    make = _Maker(kind(graph, options))
     results = progress(_each(make, scores, left, jobs), total=len(left), what="lattices")
     shard: list[_Made] = []
     for made in results:
@@ -157,7 +163,7 @@ class _Made(NamedTuple):
 
 @dataclass(frozen=True)
 class _Maker:
-    generator: Generator
+    generator: AnyGenerator
 
     def __call__(self, id: str, scores: Float[np.ndarray, "T C"]) -> _Made:
         try:
