@@ -35,12 +35,12 @@ class KaldiGenerator:
     Args:
         graph: the paths there are.
         options: how many of them to keep. ``max_active`` is not used, for the search has no such limit: every state
-            within the beam is followed.
+            within the beam is followed, and a limit below the default is warned of.
     """
 
     def __init__(self, graph: LabelledAutomaton, options: LatticeOptions | None = None) -> None:
         self.graph, self.options = graph, options or LatticeOptions()
-        if self.options.max_active != LatticeOptions.max_active:
+        if self.options.max_active < LatticeOptions.max_active:
             logger.warning("max_active=%d is not used: backend=kaldi has no such limit", self.options.max_active)
         self._fst = _transducer(graph)
 
