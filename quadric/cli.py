@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from quadric.comm.collective import Collective
 from quadric.comm.communicator import Communicator, FirstFailed
@@ -25,6 +25,7 @@ try:
     from quadric.lattice.generate import LatticeOptions
     from quadric.progress import silent
     from quadric.recipes import RECIPES
+    from quadric.speech.backends import Backend
     from quadric.speech.corpus import Corpus, read_data_dir
     from quadric.speech.scoring import read_text, score
     from quadric.train.console import bar, logged
@@ -57,7 +58,7 @@ _HERE = {
     "decode": _ON_DATA | {'on_bad_audio="drop"': "--drop-bad-audio"},
     "align": _ON_DATA,
     "lattice": _ON_DATA
-    | {"lattice_beam=": "--lattice-beam ", "max_active=": "--max-active ", "beam=": "--beam "}
+    | {"lattice_beam=": "--lattice-beam ", "max_active=": "--max-active ", "beam=": "--beam ", "backend=": "--backend "}
     | {"lm_weight=": "--lm-weight "},
     "score": {"on_missing='count'": "--count-missing"},
     "report": {},
@@ -162,8 +163,14 @@ def _parser() -> argparse.ArgumentParser:
         help="paths that are worse than the best by more are left out (default: %(default)s)",
     )  # fmt: skip
     lattice.add_argument(
-        "--max-active", type=int, default=defaults.max_active, help="states a frame at most (default: %(default)s)"
-    )
+        "--max-active", type=int, default=defaults.max_active,
+        help="states a frame at most (default: %(default)s); not with --backend kaldi, which has no limit",
+    )  # fmt: skip
+    lattice.add_argument(
+        "--backend", choices=get_args(Backend), default="quadric",
+        help="whose search: quadric's, or kaldi-decoder's, an independent and slower one, which more jobs do not make "
+        "faster (default: %(default)s)",
+    )  # fmt: skip
     lattice.add_argument("--arpa", type=Path, help="language model of the lattices (default: the system's)")
     lattice.add_argument("--lm-weight", type=float, help="language-model weight (default: the system's)")
     lattice.add_argument(
@@ -340,6 +347,7 @@ def _lattice(chosen: argparse.Namespace) -> None:
             arpa=chosen.arpa,
             lm_weight=chosen.lm_weight,
             archive=chosen.archive,
+            backend=chosen.backend,
             jobs=chosen.jobs,
             progress=bar,
         )

@@ -162,6 +162,7 @@ def edit(path: Path, change: Callable[[str], str]) -> None:
         (["align", "system"], "required: data, --out"),
         (["lattice", "system", "data"], "required: --out"),
         (["lattice", "system", "data", "--out", "o", "--archive", "gz"], "--archive: invalid choice: 'gz'"),
+        (["lattice", "system", "data", "--out", "o", "--backend", "k2"], "--backend: invalid choice: 'k2'"),
         (["lattice", "system", "data", "--out", "o", "--beam", "wide"], "--beam: invalid float value: 'wide'"),
         (["score", "ref"], "required: hypothesis"),
         (["report"], "required: work"),

@@ -14,6 +14,7 @@ from quadric.lattice.generate import LatticeOptions
 from quadric.loss.sequence import MMI, MPE, SMBR
 from quadric.loss.sequence_loss import Options, SequenceLoss
 from quadric.loss.sequence_target import OutputCurvature
+from quadric.speech.backends import Backend
 from quadric.train.method import NGHF, FirstOrder, HessianFree, Method, NaturalGradient
 from quadric.train.rules import NONE_OR_POSITIVE, NOT_NEGATIVE, POSITIVE, SHARE, check, one_of
 
@@ -109,15 +110,18 @@ class Competitors:
         lm_order: of the language model of the lattices; a weak one leaves more to compete.
         missing: ``"add"`` a reference that is not in its lattice, or ``"skip"`` the utterance.
         all_speeds: use the copies of the training set at other speeds as well.
+        backend: whose search makes the lattices: ``"quadric"``, or ``"kaldi"``, which is kaldi-decoder's, slower, on
+            one thread, and takes no notice of ``lattice.max_active``.
     """
 
     lattice: LatticeOptions = field(default_factory=LatticeOptions)
     lm_order: int = 1
     missing: Missing = "add"
     all_speeds: bool = False
+    backend: Backend = "quadric"
 
     def __post_init__(self) -> None:
-        check(self, lm_order=POSITIVE, missing=one_of(Missing))
+        check(self, lm_order=POSITIVE, missing=one_of(Missing), backend=one_of(Backend))
 
 
 @dataclass(frozen=True)

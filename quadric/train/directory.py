@@ -19,6 +19,7 @@ from quadric.lattice.generate import LatticeOptions
 from quadric.lattice.words import oracle_errors
 from quadric.progress import Progress, silent
 from quadric.speech.alignment import ForcedAlignment, align, save_alignments
+from quadric.speech.backends import Backend
 from quadric.speech.corpus import Corpus
 from quadric.speech.ctm import phone_tokens, word_segments, word_tokens, write_ctm
 from quadric.speech.graph import decoding_graph, read_graph, to_labelled
@@ -110,6 +111,7 @@ def lattice_directory(
     arpa: Path | None = None,
     lm_weight: float | None = None,
     archive: Form = "none",
+    backend: Backend = "quadric",
     jobs: int = 2,
     progress: Progress = silent,
 ) -> tuple[str, ...]:
@@ -122,6 +124,7 @@ def lattice_directory(
         options: how wide they are.
         arpa: the language model of the lattices; None: that of the system.
         lm_weight: its weight, the reciprocal of the acoustic scale; None: the system's.
+        backend: whose search makes them, see `quadric.speech.lattices.make_lattices`.
 
     Returns:
         Lines with the number of lattices, their density and, with transcripts, the fewest word errors on any path.
@@ -145,7 +148,14 @@ def lattice_directory(
         }
         scaled = system.likelihoods(scored.features, scale=scale)
         made = make_lattices(
-            scaled, labelled, options, out / "lattices", made_from=made_from, jobs=jobs, progress=progress
+            scaled,
+            labelled,
+            options,
+            out / "lattices",
+            made_from=made_from,
+            backend=backend,
+            jobs=jobs,
+            progress=progress,
         )
         left_out = scored.left_out | made.skipped
         _refuse_none(made, corpus, left_out)

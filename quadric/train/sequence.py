@@ -130,7 +130,9 @@ def compete(
             system.likelihoods({id: features[id] for id in references}, scale=scale),
             graph,
             options.lattice,
-            stages.folder(f"lattices-{split}", options.lattice, options.lm_order, scale, *place) / "store",
+            stages.folder(f"lattices-{split}", options.lattice, options.backend, options.lm_order, scale, *place)
+            / "store",
+            backend=options.backend,
             jobs=jobs,
             progress=progress,
         )

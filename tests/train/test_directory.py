@@ -230,6 +230,23 @@ def test_options_of_lattices(system: Path, data: Path, tmp_path: Path, call: Cal
         assert "name another folder, or remove this one" in errors.splitlines()[-1]
 
 
+def test_lattices_by_the_search_of_another(system: Path, data: Path, tmp_path: Path, call: Call) -> None:
+    """Beams that cut little: nearly the same lattices; another search does not go on with them."""
+    stores = {}
+    for name in ("quadric", "kaldi"):
+        status, printed, errors = call("lattice", system, data, "--out", tmp_path / name, *BEAMS, "--backend", name)
+        assert status == 0, errors
+        stores[name] = Lattices(tmp_path / name / "lattices"), printed
+    (own, told), (found, other) = stores.values()
+    assert list(own) == list(found) == ids(data)
+    assert found.arcs == pytest.approx(own.arcs, rel=0.05)
+    assert told.splitlines()[1] == other.splitlines()[1]  # the same errors on the best paths
+    for name, options in (("kaldi", ()), ("quadric", ("--backend", "kaldi"))):
+        status, printed, errors = call("lattice", system, data, "--out", tmp_path / name, *BEAMS, *options)
+        assert status == 1 and not printed
+        assert f"holds lattices made with --backend {name}, now " in errors.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("options", "problem"),
     [

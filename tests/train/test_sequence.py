@@ -247,6 +247,8 @@ def test_a_criterion_that_cannot_be_is_refused(options: dict[str, Any], problem:
 def test_competitors_that_cannot_be_are_refused() -> None:
     with pytest.raises(ValueError, match="missing=drop: must be 'add' or 'skip'"):
         Competitors(missing="drop")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="backend=wheel: must be 'quadric' or 'kaldi'"):
+        Competitors(backend="wheel")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -260,6 +262,7 @@ def test_competitors_that_cannot_be_are_refused() -> None:
         (["sequence.competitors.lattice.lattice_beam=20"], "must be from 0.001 to beam=13"),
         (["sequence.competitors.lm_order=0"], "lm_order=0"),
         (["sequence.competitors.missing=drop"], "must be 'add' or 'skip'"),
+        (["sequence.competitors.backend=wheel"], "must be 'quadric' or 'kaldi'"),
         (["sequence.nghf=none"], "leave one in at least"),
         (["sequence.sgd.lr=0.1", "sequence.adam.optimizer=torch.optim.SGD"], "sgd and adam both have optimizer=SGD"),
         (["sequence.dropout=2"], "dropout=2"),

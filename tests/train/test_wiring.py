@@ -407,7 +407,7 @@ class Made(dict[str, Any]):
         self.skipped = {next(iter(scores.features)): "no path"}
 
 
-COMPETITORS = Competitors(LatticeOptions(9.0, 3.0, 77), lm_order=3, missing="skip", all_speeds=True)
+COMPETITORS = Competitors(LatticeOptions(9.0, 3.0, 77), lm_order=3, missing="skip", all_speeds=True, backend="kaldi")
 
 
 def test_competitors_are_what_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -445,6 +445,7 @@ def test_competitors_are_what_was_asked_for(tmp_path: Path, monkeypatch: pytest.
         assert found["train"].frames == {id: len(features[id]) for id in found["train"].corpus.by_id}
         for split, made, referred_to in zip(found, lattices[-2:], references[-2:], strict=True):
             assert made["options"] == LatticeOptions(9.0, 3.0, 77) and made["jobs"] == referred_to["jobs"] == 3
+            assert made["backend"] == "kaldi"
             assert made["scores"].scale == 0.25 and referred_to["scores"].scale == found[split].scores.scale == 1.0
             assert list(made["scores"].features) == list(found[split].references)
             kinds = [reason.kind for reason in found[split].left_out.values()]
@@ -455,7 +456,8 @@ def test_competitors_are_what_was_asked_for(tmp_path: Path, monkeypatch: pytest.
     options = replace(COMPETITORS, missing="add")
     again = sequence.compete(options, ready, Scoring(nn.Linear(1, 1)), 0.25, "key", Stages(tmp_path), silent, jobs=1)  # type: ignore[arg-type]
     assert again.keys() == found.keys() and {made["store"] for made in lattices} == stores
-    for other in (replace(COMPETITORS, lm_order=2), replace(COMPETITORS, lattice=LatticeOptions())):
+    others = ({"lm_order": 2}, {"lattice": LatticeOptions()}, {"backend": "quadric"})
+    for other in (replace(COMPETITORS, **changed) for changed in others):  # type: ignore[arg-type]
         sequence.compete(other, ready, Scoring(nn.Linear(1, 1)), 0.25, "key", Stages(tmp_path), silent, jobs=1)  # type: ignore[arg-type]
         assert lattices[-1]["store"] not in stores and lattices[-2]["store"] not in stores
 
