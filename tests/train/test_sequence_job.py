@@ -154,6 +154,22 @@ def test_another_criterion_takes_the_same_lattices(sequenced: Finished, tmp_path
     assert contents(work) == after
 
 
+def test_the_search_of_another_makes_lattices_of_its_own(
+    sequenced: Finished, tmp_path: Path, one_thread: object
+) -> None:
+    work = copied(sequenced, tmp_path)
+    before = {split: only(work, f"lattices-{split}-*") for split in ("train", "dev")}
+    run(job(*MMI_SGD, "sequence.competitors.backend=kaldi"), work)
+    for split, folder in before.items():
+        (other,) = set(work.glob(f"lattices-{split}-*")) - {folder}
+        assert json.loads((other / "store" / "key.json").read_text())["backend"] == "kaldi"
+        own, made = Lattices(folder / "store"), Lattices(other / "store")
+        assert list(own) == list(made) and made.arcs == pytest.approx(own.arcs, rel=0.05)
+    shared = {path.name for name in ("competitors", "references") for path in work.glob(f"{name}-*")}
+    assert len(shared) == 3 and all((sequenced.work / name).is_dir() for name in shared)
+    assert without_time(work, "mmi_sgd")[-1]["update"] == 48
+
+
 @pytest.mark.timeout(300)
 def test_kill_while_lattices_are_made_and_in_training(sequenced: Finished, tmp_path: Path, one_thread: object) -> None:
     work = copied(sequenced, tmp_path, "competitors-*", "references-*", "lattices-*", "mpe_nghf-*")
