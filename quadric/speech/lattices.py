@@ -10,6 +10,7 @@ A shard appears when it is whole. A run that was ended, killed too, is gone on w
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -17,9 +18,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
-from zipfile import BadZipFile, ZipFile
+from typing import Any, BinaryIO, NamedTuple
+from zipfile import ZipFile
 
 import numpy as np
 from jaxtyping import Float
@@ -54,14 +56,15 @@ class Lattices(Mapping[str, Lattice]):
 
     Raises:
         FileNotFoundError: ``store`` is no such folder.
-        ValueError: a part of it is damaged; now, or when it is read.
+        ValueError: a part of it is damaged or gone; now, or when it is read.
+        OSError: a part of it cannot be read for another reason.
     """
 
     def __init__(self, store: Path, ids: Iterable[str] | None = None) -> None:
         self.store = Path(store)
         if not (self.store / _KEY).is_file():
             raise FileNotFoundError(f"store={str(store)!r}: there are no lattices")
-        shards = [_read_contents(path) for path in _shards(self.store)]
+        shards = [_contents(path, path) for path in _shards(self.store)]
         entries = {entry.id: entry for shard in shards for entry in shard.entries}
         skipped = {id: reason for shard in shards for id, reason in shard.skipped.items()}
         wanted = list(ids) if ids is not None else list(entries | skipped)
@@ -126,6 +129,7 @@ def make_lattices(
             every pdf of the graph; another backend.
         ImportError: ``backend`` is not installed.
         Unwritable: the store cannot be written.
+        OSError: a part of the store cannot be read. It stays as it is: only what is read and found damaged is removed.
     """
     if jobs < 1 or shard_size < 1:
         raise ValueError(f"jobs={jobs} and shard_size={shard_size} must be at least 1")
@@ -223,15 +227,26 @@ class _Contents(NamedTuple):
     skipped: dict[str, str]
 
 
+class _Damaged(ValueError):
+    """A shard that was read and does not hold what was written."""
+
+
 @contextmanager
 def _whole(path: Path) -> Iterator[None]:
-    """Turns the errors of reading a damaged shard into one that names it and the remedy."""
+    """Turns the errors of a shard that is damaged or gone into one that names it and the remedy."""
+    remedy = "make the lattices again, only those in it will be"
     try:
         yield
-    except (BadZipFile, ValueError, KeyError, TypeError, OSError, EOFError, NotImplementedError) as error:
-        raise ValueError(
-            f"{path} is damaged or gone ({error}): make the lattices again, only those in it will be"
-        ) from error
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is gone: {remedy}") from error
+    except Exception as error:  # damage shows itself in as many ways as it can be done
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno not in _OF_THE_CONTENT):
+            raise
+        raise _Damaged(f"{path} is damaged ({error}): {remedy}") from error
+
+
+_OF_THE_CONTENT = (None, errno.EINVAL)
+"""Numbers of the ``OSError`` that a damaged shard gives: a decoder's, which has none, and that of a place before 0."""
 
 
 def _shards(store: Path) -> list[Path]:
@@ -251,14 +266,24 @@ def _write_shard(store: Path, number: int, shard: list[_Made]) -> None:
         file.writestr(_CONTENTS, json.dumps({"entries": entries, "skipped": skipped}))
 
 
-def _read_contents(path: Path, *, check: bool = False) -> _Contents:
-    """What is in a shard; if ``check``, all of it is read and compared with its checksums."""
-    with _whole(path), ZipFile(path) as file:
-        if check and (damaged := file.testzip()) is not None:
-            raise ValueError(f"checksum of part {damaged}")
-        found = json.loads(file.read(_CONTENTS))
+def _contents(path: Path, file: Path | BinaryIO) -> _Contents:
+    """What is in the shard ``path``, read from ``file``."""
+    with _whole(path), ZipFile(file) as opened:
+        found = json.loads(opened.read(_CONTENTS))
         entries = [_Entry(id, path, str(place), *sizes) for place, (id, *sizes) in enumerate(found["entries"])]
         return _Contents(entries, dict(found["skipped"]))
+
+
+def _checked(path: Path) -> _Contents:
+    """The same, once all of the shard is read and agrees with its checksums.
+
+    It is read before it is looked into: a failure of the disk or the network must not be taken for damage.
+    """
+    content = BytesIO(path.read_bytes())
+    with _whole(path), ZipFile(content) as file:
+        if (part := file.testzip()) is not None:
+            raise ValueError(f"checksum of part {part}")
+    return _contents(path, content)
 
 
 def _claim(store: Path, key: dict[str, Any]) -> None:
@@ -289,8 +314,8 @@ def _finished(store: Path) -> tuple[set[str], int]:
     number = 0
     for path in _shards(store):
         try:
-            contents = _read_contents(path, check=True)
-        except ValueError as error:
+            contents = _checked(path)
+        except _Damaged as error:
             logger.warning("%s", error)
             path.unlink(missing_ok=True)
             continue

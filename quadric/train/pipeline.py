@@ -109,7 +109,8 @@ def _train_sequences(
         loss = options.criterion.loss(torch.from_numpy(units.log_prior), scale, job.jobs)
 
         def making() -> dict[Split, SequenceSet]:
-            competing = compete(options.competitors, prepared, system, scale, name, stages, progress, jobs=job.jobs)
+            given = (prepared, system, scale, name, stages, progress)
+            competing = compete(options.competitors, *given, jobs=job.jobs, rank=communicator.rank)
             missing, sharpness = options.competitors.missing, options.criterion.sharpness
             return {
                 split: targets(each, loss, missing, progress, split, sharpness=sharpness)

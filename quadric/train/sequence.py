@@ -110,11 +110,13 @@ def compete(
     progress: Progress,
     *,
     jobs: int,
+    rank: int = 0,
 ) -> dict[Split, Competition]:
     """The references and lattices of the training and development sets, by ``system`` at the acoustic ``scale``.
 
     Args:
         key: names the system among those of the job.
+        rank: of this process; those above 0 take the lattices that rank 0 has made before, and write none.
     """
     graph = _denominator(options, prepared, system.tying, stages)
     found: dict[Split, Competition] = {}
@@ -126,15 +128,15 @@ def compete(
         scores = system.likelihoods(features)
         place = (split, key, prepared.key, [u.id for u in corpus])
         references, left_out = _references(corpus, scores, system, graph, place, stages, progress, jobs)
-        made = make_lattices(
-            system.likelihoods({id: features[id] for id in references}, scale=scale),
-            graph,
-            options.lattice,
-            stages.folder(f"lattices-{split}", options.lattice, options.backend, options.lm_order, scale, *place)
-            / "store",
-            backend=options.backend,
-            jobs=jobs,
-            progress=progress,
+        scaled = system.likelihoods({id: features[id] for id in references}, scale=scale)
+        made_by = (options.lattice, options.backend, options.lm_order, scale)
+        store = stages.folder(f"lattices-{split}", *made_by, *place) / "store"
+        made = (
+            Lattices(store, scaled)
+            if rank
+            else make_lattices(
+                scaled, graph, options.lattice, store, backend=options.backend, jobs=jobs, progress=progress
+            )
         )
         left_out |= {id: LeftOut("no lattice", why) for id, why in made.skipped.items()}
         logger.info("%s: %d lattices, %.1f arcs a frame", split, len(made), made.arcs / max(1, made.frames))

@@ -256,7 +256,7 @@ def test_damage_is_told_and_mended(tmp_path: Path, graph: LabelledAutomaton, whe
         path.unlink()
     else:
         path.write_bytes(content[:-100] if where == "cut" else content)
-    with pytest.raises(ValueError, match=r"lattices-000001\.zip is damaged or gone .* make the lattices again"):
+    with pytest.raises(ValueError, match=r"lattices-000001\.zip is (damaged \(.*\)|gone): make the lattices again"):
         for id in ("u003", "u004", "u005"):
             lattices[id]
     assert same(lattices["u000"], Generator(graph, OPTIONS)(scores["u000"]))
@@ -266,6 +266,24 @@ def test_damage_is_told_and_mended(tmp_path: Path, graph: LabelledAutomaton, whe
     generator = Generator(graph, OPTIONS)
     assert [*mended] == [*scores]
     assert all(same(mended[id], generator(scores[id])) for id in scores)
+
+
+@pytest.mark.parametrize("target", ["lattices-000001.zip", "/proc/self/mem"], ids=["not opened", "not read"])
+def test_what_cannot_be_read_is_not_taken_for_damage(tmp_path: Path, graph: LabelledAutomaton, target: str) -> None:
+    """A network drive that is away for a moment must not cost lattices."""
+    if target.startswith("/") and not Path(target).exists():
+        pytest.skip("has no file that opens and cannot be read")
+    scores, store = random_scores(9), tmp_path / "s"
+    make_lattices(scores, graph, OPTIONS, store, shard_size=3)
+    path = store / "lattices-000001.zip"
+    aside = path.rename(tmp_path / "aside")
+    path.symlink_to(target)
+    reading = Reading(scores)
+    with pytest.raises(OSError, match=r"Too many levels|Input/output error"):
+        make_lattices(reading, graph, OPTIONS, store, shard_size=3)
+    assert path.is_symlink()
+    aside.replace(path)
+    assert len(make_lattices(reading, graph, OPTIONS, store, shard_size=3)) == 9 and not reading.read
 
 
 SCRIPT = """

@@ -460,6 +460,16 @@ def test_competitors_are_what_was_asked_for(tmp_path: Path, monkeypatch: pytest.
     for other in (replace(COMPETITORS, **changed) for changed in others):  # type: ignore[arg-type]
         sequence.compete(other, ready, Scoring(nn.Linear(1, 1)), 0.25, "key", Stages(tmp_path), silent, jobs=1)  # type: ignore[arg-type]
         assert lattices[-1]["store"] not in stores and lattices[-2]["store"] not in stores
+    # Other ranks open what the first has made.
+    opened: list[dict[str, Any]] = []
+    opening = recording(sequence.Lattices, opened, lambda store, scores: Made(scores))
+    monkeypatch.setattr(sequence, "Lattices", opening)
+    count = len(lattices)
+    scoring: Any = Scoring(nn.Linear(1, 1))
+    also = sequence.compete(options, ready, scoring, 0.25, "key", Stages(tmp_path), silent, jobs=1, rank=1)
+    assert len(lattices) == count and {made["store"] for made in opened} < stores
+    for split, competition in also.items():
+        assert competition.left_out == again[split].left_out and [*competition.lattices] == [*again[split].lattices]
 
 
 @pytest.mark.parametrize("scale", [None, 0.7])
@@ -496,7 +506,7 @@ def test_a_sequence_training_is_given_all_it_is_told(
     (competing,), (train, dev) = rooms["compete"], rooms["targets"]
     kappa = 0.25 if scale is None else scale
     assert (competing["options"], competing["scale"], competing["key"]) == (COMPETITORS, kappa, "hessian_free-1")
-    assert competing["jobs"] == chosen.jobs and competing["prepared"] is ready
+    assert competing["jobs"] == chosen.jobs and competing["prepared"] is ready and competing["rank"] == 0
     assert (train["competition"], dev["competition"]) == ("T", "D")
     assert train["sharpness"] == dev["sharpness"] == 3.0
     assert train["missing"] == dev["missing"] == "skip" and train["loss"] is dev["loss"]
