@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import kaldiio
 import numpy as np
@@ -27,16 +29,18 @@ class FeatureStore(Mapping[str, np.ndarray]):
 
     Args:
         table: utterance id -> ``/path/of.ark:offset``, in the order the ids are given out.
+        left_out: utterances that have no features, and why.
 
     Raises:
         ValueError: on reading, for an archive that is missing or damaged.
     """
 
-    def __init__(self, table: Mapping[str, str]) -> None:
+    def __init__(self, table: Mapping[str, str], left_out: Mapping[str, str] | None = None) -> None:
         commands = [id for id, place in table.items() if "|" in (place[:1], place[-1:])]
         if commands:
             raise ValueError(f"features that are commands, not archives: {few(commands)}: run them with copy-feats")
         self._table = dict(table)
+        self.left_out = dict(left_out or {})
 
     @classmethod
     def from_corpus(cls, corpus: Corpus) -> FeatureStore:
@@ -77,20 +81,39 @@ class FeatureStore(Mapping[str, np.ndarray]):
         return len(self._table)
 
 
-def write_shard(folder: Path, name: str, features: Mapping[str, Float32[np.ndarray, "T D"]]) -> None:
-    """Writes ``name.ark`` and then ``name.scp``, whose presence says that both are complete."""
+class Shard(NamedTuple):
+    """The places of the features of some utterances, and why others have none."""
+
+    places: dict[str, str]
+    left_out: dict[str, str]
+
+
+def write_shard(
+    folder: Path, name: str, features: Mapping[str, Float32[np.ndarray, "T D"]], left_out: Mapping[str, str]
+) -> None:
+    """Writes ``name.ark``, ``name.left_out`` and then ``name.scp``, whose presence says that all are complete."""
     places = {}
     with new_file(folder / f"{name}.ark") as temporary, temporary.open("wb") as file:
         for id, matrix in features.items():
             places[id] = f"{name}.ark:{file.tell() + len(id.encode()) + 1}"
             kaldiio.save_ark(file, {id: np.asarray(matrix, np.float32)})
+    reasons = folder / f"{name}.left_out"
+    if left_out:
+        with new_file(reasons) as temporary:
+            temporary.write_text(json.dumps(left_out))
+    else:
+        reasons.unlink(missing_ok=True)
     with new_file(folder / f"{name}.scp") as temporary:
         temporary.write_bytes("".join(f"{id} {place}\n" for id, place in places.items()).encode())
 
 
-def read_shard(folder: Path, name: str) -> dict[str, str] | None:
-    """The places of the features of a complete shard, else ``None``."""
-    scp = folder / f"{name}.scp"
+def read_shard(folder: Path, name: str) -> Shard | None:
+    """A complete shard, else ``None``. Raises ``ValueError`` if a table of it is damaged."""
+    scp, reasons = folder / f"{name}.scp", folder / f"{name}.left_out"
     if not scp.is_file() or not (folder / f"{name}.ark").is_file():
         return None
-    return {id: str(folder / place) for id, place in read_table(scp, something).items()}
+    places = {id: str(folder / place) for id, place in read_table(scp, something).items()}
+    try:
+        return Shard(places, dict(json.loads(reasons.read_text())) if reasons.is_file() else {})
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{reasons} is damaged: {error}") from error

@@ -24,7 +24,7 @@ from quadric.files import writing_to
 from quadric.progress import Progress, silent
 from quadric.speech.audio import UnreadableAudio, check_audio, read_audio
 from quadric.speech.corpus import Audio, Corpus
-from quadric.speech.feature_store import FeatureStore, read_shard, write_shard
+from quadric.speech.feature_store import FeatureStore, Shard, read_shard, write_shard
 from quadric.speech.normalisation import Normalisation, add_deltas, deltas, normalise
 from quadric.speech.tables import few
 from quadric.speech.workers import in_order, worker_pool
@@ -142,7 +142,8 @@ def extract(
 
     The folder inside ``cache`` is named by a hash of ``fbank`` and of every utterance's id, source, size, time of
     change, start, end and speed, so changed audio is never mistaken. It holds Kaldi archives of ``shard`` utterances;
-    an extraction that is interrupted goes on with the first unfinished one. Features do not depend on ``jobs``.
+    an extraction that is interrupted goes on with the first unfinished one. Features do not depend on ``jobs``. Why an
+    utterance is left out is kept with them, and told by the result's ``left_out``.
 
     Args:
         jobs: number of processes; 1 computes in this one. More are started afresh and import the caller's main module,
@@ -162,21 +163,19 @@ def extract(
     folder = Path(os.path.abspath(cache)) / _key(audios, fbank, shard)
     ids = list(audios)
     shards = {f"feats.{i // shard:05d}": ids[i : i + shard] for i in range(0, len(ids), shard)}
-    complete = {name: _complete(folder, name, members, on_bad_audio) for name, members in shards.items()}
-    todo = {name: shards[name] for name, places in complete.items() if places is None}
-    if todo:
-        _extract_shards(corpus.name, audios, fbank, folder, todo, jobs, on_bad_audio, progress)
+    todo = {name: members for name, members in shards.items() if not _complete(folder, name, members, on_bad_audio)}
+    bad = _extract_shards(corpus.name, audios, fbank, folder, todo, jobs, on_bad_audio, progress) if todo else {}
     table: dict[str, str] = {}
     for name in shards:
-        table |= read_shard(folder, name) or {}
-    dropped = [id for id in ids if id not in table]
-    if dropped:
-        logger.warning("%s: left out for audio that cannot be used: %s", corpus.name, few(dropped))
+        places, left_out = read_shard(folder, name) or Shard({}, {})
+        table |= places
+        bad |= left_out
+    reasons = [f"{id}: audio {bad[id]}" for id in ids if id in bad]
     if not table:
-        raise ValueError(
-            f"no audio of {corpus.name} can be used, none of {len(ids)} is left: see the reasons in the log"
-        )
-    return FeatureStore(table)
+        raise ValueError(f"no audio of {corpus.name} can be used, none of {len(ids)} is left: {few(reasons)}")
+    if reasons:
+        logger.warning("%s: left out for audio that cannot be used: %s", corpus.name, few(reasons))
+    return FeatureStore(table, {id: bad[id] for id in ids if id in bad})
 
 
 def _audios(corpus: Corpus) -> dict[str, Audio]:
@@ -204,15 +203,16 @@ def _key(audios: Mapping[str, Audio], fbank: Fbank, shard: int) -> str:
     return digest.hexdigest()[:16]
 
 
-def _complete(folder: Path, name: str, members: Sequence[str], on_bad_audio: str) -> dict[str, str] | None:
+def _complete(folder: Path, name: str, members: Sequence[str], on_bad_audio: str) -> bool:
+    """Whether a shard has its features, or the reason where there are none and this is no error."""
     try:
-        places = read_shard(folder, name)
+        shard = read_shard(folder, name)
     except ValueError as error:
         logger.warning("computing features again: %s", error)
-        return None
-    if places is not None and on_bad_audio == "error" and len(places) < len(members):
-        return None  # written when bad audio was left out; now it must be reported
-    return places
+        return False
+    if shard is None:
+        return False
+    return set(members) == shard.places.keys() | (shard.left_out.keys() if on_bad_audio == "drop" else set())
 
 
 def _extract_shards(
@@ -224,7 +224,8 @@ def _extract_shards(
     jobs: int,
     on_bad_audio: str,
     progress: Progress,
-) -> None:
+) -> dict[str, str]:
+    """Writes the shards ``todo``; returns the utterances without features, and why."""
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
     ids = [id for members in todo.values() for id in members]
@@ -245,13 +246,14 @@ def _extract_shards(
                     features[result.id] = result.features
                 sources.append(replace(result, features=None))
             if features and (on_bad_audio == "drop" or len(features) == len(members)):
-                write_shard(folder, name, features)
+                write_shard(folder, name, features, {id: bad[id] for id in members if id in bad})
         next(results, None)  # lets the progress see its end
     _warn(corpus, sources, fbank.rate)
     for id, reason in bad.items():
         logger.warning("%s: utterance %s: audio %s", corpus, id, reason)
     if bad and on_bad_audio == "error":
         raise BadAudio(corpus, bad)
+    return bad
 
 
 def _bad_headers(audios: Mapping[str, Audio], ids: Iterable[str]) -> dict[str, str]:

@@ -28,10 +28,10 @@ from quadric.speech.kaldi_frames import from_lattice
 from quadric.speech.kaldi_words import write_words
 from quadric.speech.lattices import Lattices, make_lattices
 from quadric.speech.lexicon import Lexicon
-from quadric.speech.tables import few
 from quadric.speech.transitions import TransitionModel
 from quadric.train.decode import check_output
-from quadric.train.prepare import make_features
+from quadric.train.left_out import LeftOut, listed, not_aligned, unknown_words
+from quadric.train.prepare import Features, make_features
 from quadric.train.sources import material
 from quadric.train.stages import alone_in, digest
 from quadric.train.system import System
@@ -47,8 +47,8 @@ class _Scored:
 
     system: System
     corpus: Corpus
-    features: Mapping[str, np.ndarray]
-    left_out: dict[str, str]
+    features: Features
+    left_out: dict[str, LeftOut]
 
 
 def align_directory(
@@ -74,9 +74,9 @@ def align_directory(
         transcripts = {}
         for utterance in scored.corpus:
             if not utterance.words:
-                left_out[utterance.id] = "it has no transcript"
+                left_out[utterance.id] = LeftOut("no transcript", "it has no transcript")
             elif unknown := system.lexicon.unknown_words(dict.fromkeys(utterance.words, 1)):
-                left_out[utterance.id] = f"the lexicon lacks {', '.join(sorted(unknown))}"
+                left_out[utterance.id] = unknown_words(unknown)
             else:
                 transcripts[utterance.id] = utterance.words
         found = align(
@@ -88,8 +88,7 @@ def align_directory(
             jobs=jobs,
             progress=progress,
         )
-        left_out |= {id: f"{frames} frames, its words take at least {least}" for id, frames, least in found.too_short}
-        left_out |= found.failed
+        left_out |= not_aligned(found)
         _refuse_none(found.pdfs, corpus, left_out)
         save_alignments(out / "ali.ark", found.pdfs)
         shift = system.front.fbank.frame_shift_ms / 1000
@@ -157,7 +156,7 @@ def lattice_directory(
             jobs=jobs,
             progress=progress,
         )
-        left_out = scored.left_out | made.skipped
+        left_out = scored.left_out | {id: LeftOut("no lattice", why) for id, why in made.skipped.items()}
         _refuse_none(made, corpus, left_out)
         density = made.arcs / made.frames
         lines = [
@@ -203,19 +202,18 @@ def _score(system: System, corpus: Corpus, out: Path, jobs: int, progress: Progr
             f"{corpus.name}: its features have {width} columns, the system was trained on {system.inputs}: make them "
             "as those that it was trained on"
         )
-    left_out = {u.id: "its audio or features are missing or damaged" for u in corpus if u.id not in features}
-    heard = corpus.subset(u.id for u in corpus if u.id in features)
-    return _Scored(system, heard, features, left_out)
+    heard = corpus.subset(id for id in corpus.by_id if id in features)
+    return _Scored(system, heard, features, dict(features.left_out))
 
 
-def _refuse_none(found: Mapping[str, object], corpus: Corpus, left_out: Mapping[str, str]) -> None:
+def _refuse_none(found: Mapping[str, object], corpus: Corpus, left_out: Mapping[str, LeftOut]) -> None:
     if not found:
-        reasons = few([f"{id}: {reason}" for id, reason in left_out.items()])
-        raise ValueError(f"{corpus.name}: none of {len(corpus)} utterances could be done: {reasons}")
+        raise ValueError(f"{corpus.name}: none of {len(corpus)} utterances could be done: {listed(left_out)}")
 
 
-def _told(out: Path, left_out: Mapping[str, str]) -> str:
-    """Writes who was left out; returns what to say about it."""
+def _told(out: Path, left_out: Mapping[str, LeftOut]) -> str:
+    """Writes who was left out, each on a line; returns what to say about it."""
+    lines = [f"{id} {' '.join(reason.why.split())}\n" for id, reason in sorted(left_out.items())]
     with new_file(out / "left_out") as temporary:
-        temporary.write_text("".join(f"{id} {reason}\n" for id, reason in sorted(left_out.items())), encoding="utf-8")
+        temporary.write_text("".join(lines), encoding="utf-8")
     return f", {len(left_out)} left out ({out / 'left_out'})" if left_out else ""

@@ -15,12 +15,16 @@ import numpy as np
 import torch
 
 from quadric.speech import scoring
+from quadric.speech.alignment import min_frames
+from quadric.speech.corpus import Corpus
 from quadric.speech.scoring import Errors, Score
 from quadric.train import checkpoint
-from quadric.train.flat_start import Aligned
+from quadric.train.flat_start import Aligned, Targets
+from quadric.train.left_out import LeftOut, counts, too_short
 from quadric.train.metrics import MetricsLog
 from quadric.train.prepare import Prepared
 from quadric.train.report import Environment, Report, Run, Sweep, write_report
+from quadric.train.sources import Split
 from quadric.train.stages import reading
 
 logger = logging.getLogger(__name__)
@@ -50,6 +54,7 @@ def report(work: Path) -> Path:
         recipe=summary["recipe"],
         environment=environment,
         sweeps=sweeps,
+        data=summary.get("data", {}),
         alignment=summary["alignment"],
         sequence=summary.get("sequence", {}),
     )
@@ -97,16 +102,35 @@ def _summary(summary: Mapping[str, Any]) -> str:
     return f"{summary['outputs']} network outputs. Perplexity of the language model: {perplexity}."
 
 
+def describe_data(prepared: Prepared) -> dict[str, object]:
+    """Facts about the sets, for the report: how many utterances are used, and how many are not, and why."""
+    facts = dict[str, object]()
+    for split, features in prepared.features.items():
+        told = {"utterances": len(features), **counts(prepared.left_out.get(split, {}))}
+        facts |= {f"{split}: {name}": value for name, value in told.items()}
+    return facts
+
+
 def describe(aligned: Aligned, prepared: Prepared) -> dict[str, object]:
-    """Facts about the alignment, for the report."""
+    """Facts about the alignment, for the report. What has no features is left out before, and told with the data."""
+    facts = dict[str, object]()
+    sets: dict[Split, tuple[Corpus, Targets]] = {
+        "train": (prepared.perturbed, aligned.train),
+        "dev": (prepared.corpora["dev"], aligned.dev),
+    }
+    for split, (corpus, pdfs) in sets.items():
+        features = prepared.features[split]
+        left = [u for u in corpus if u.id in features and u.id not in pdfs]
+        why = {u.id: _not_aligned(len(features[u.id]), min_frames(u.words, prepared.lexicon)) for u in left}
+        told = {"utterances aligned": len(pdfs), **counts(why), "frames": sum(map(len, pdfs.values()))}
+        facts |= {f"{split}: {name}": value for name, value in told.items()}
     frames = np.concatenate(list(aligned.train.values()))
     silence = aligned.tying.phone_of_pdf[frames] == 0
-    return {
-        "training utterances aligned": len(aligned.train),
-        "training utterances left out": len(prepared.perturbed) - len(aligned.train),
-        "training frames": len(frames),
-        "silence, share of the frames": round(float(silence.mean()), 3),
-    }
+    return facts | {"train: silence, share of the frames": round(float(silence.mean()), 3)}
+
+
+def _not_aligned(frames: int, least: int) -> LeftOut:
+    return too_short(frames, least) if frames < least else LeftOut("not aligned with its words", "")
 
 
 def environment(seed: int) -> Environment:

@@ -18,7 +18,7 @@ from quadric.progress import Progress, silent
 from quadric.speech import scoring
 from quadric.train.criterion import SequenceTraining
 from quadric.train.decode import write_decoded
-from quadric.train.finished import describe, environment, report, scores
+from quadric.train.finished import describe, describe_data, environment, report, scores
 from quadric.train.flat_start import Aligned, flat_start
 from quadric.train.prepare import Prepared, prepare
 from quadric.train.recipe import Job
@@ -155,6 +155,7 @@ def _finished(
         "criteria": dict.fromkeys(job.sequence.methods, job.sequence.criterion.kind) if job.sequence else {},
         "perplexity": {split: round(value, 2) for split, value in prepared.perplexity.items()},
         "outputs": units.tying.num_pdfs,
+        "data": describe_data(prepared),
         "alignment": describe(aligned, prepared),
         "sequence": competitors,
         "environment": plain(environment(job.seed)),

@@ -6,7 +6,7 @@ import logging
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -24,6 +24,7 @@ from quadric.speech.normalisation import add_deltas, normalise
 from quadric.speech.synthesis import DIGIT_LEXICON
 from quadric.speech.tables import few
 from quadric.speech.topology import STATES
+from quadric.train.left_out import LeftOut, bad_audio, listed, unknown_words
 from quadric.train.recipe import Job
 from quadric.train.sources import SPLITS, Material, Source, Split
 from quadric.train.stages import Stages, digest, reading
@@ -44,6 +45,7 @@ class Prepared:
         lexicon: the words.
         arpa: the language model.
         perplexity: of the language model on each split's words, where it was estimated here.
+        left_out: by split, the utterances that are not among all these, and why.
     """
 
     corpora: Mapping[Split, Corpus]
@@ -53,6 +55,7 @@ class Prepared:
     lexicon: Lexicon
     arpa: Path
     perplexity: Mapping[Split, float]
+    left_out: Mapping[Split, Mapping[str, LeftOut]] = field(default_factory=dict)
 
     @cached_property
     def key(self) -> str:
@@ -90,7 +93,8 @@ def prepare(job: Job, stages: Stages, progress: Progress) -> Prepared:
             f"tree.leaves={job.tree.leaves}: {len(lexicon.phones)} phones and silence with {STATES} states each need "
             f"at least {least}, and more to be tied by their context"
         )
-    materials = {split: _known(material, lexicon, job, split) for split, material in materials.items()}
+    unknown = {split: _unknown(material.corpus, lexicon, job, split) for split, material in materials.items()}
+    materials = {split: _without(material, unknown[split]) for split, material in materials.items()}
     if any(material.features is not None for material in materials.values()) and job.speeds != (1.0,):
         raise ValueError(f"speeds={job.speeds}: ready-made features have one speed; set speeds=[1.0]")
     perturbed = perturb_speed(materials["train"].corpus, job.speeds) if job.speeds != (1.0,) else None
@@ -106,6 +110,7 @@ def prepare(job: Job, stages: Stages, progress: Progress) -> Prepared:
         )
         for split, material in materials.items()
     }
+    left_out = {split: unknown[split] | features[split].left_out for split in SPLITS}
     corpora = {split: _with_features(material.corpus, features[split]) for split, material in materials.items()}
     for split in ("train", "dev"):
         _refuse_all_too_short(split, corpora[split], features[split], lexicon)
@@ -118,7 +123,7 @@ def prepare(job: Job, stages: Stages, progress: Progress) -> Prepared:
             split, len(corpus), len(corpus.speakers), frames * job.fbank.frame_shift_ms / 3_600_000,
             sum(corpus.word_counts().values()), perplexity[split],
         )  # fmt: skip
-    return Prepared(corpora, perturbed or corpora["train"], features, front, lexicon, arpa, perplexity)
+    return Prepared(corpora, perturbed or corpora["train"], features, front, lexicon, arpa, perplexity, left_out)
 
 
 def _warn_of_overlaps(corpora: Mapping[Split, Corpus]) -> None:
@@ -146,6 +151,18 @@ def _load(source: Source, split: Split, cache: Path, jobs: int, progress: Progre
         raise type(error)(f"{split}: {error}{f' (that is {given[-1]})' if given else ''}") from error
 
 
+class Features(dict[str, np.ndarray]):
+    """Utterance id -> normalised features, in memory.
+
+    Attributes:
+        left_out: utterances without features, and why.
+    """
+
+    def __init__(self, features: Mapping[str, np.ndarray], left_out: Mapping[str, LeftOut]) -> None:
+        super().__init__(features)
+        self.left_out = dict(left_out)
+
+
 def make_features(
     material: Material,
     front: Front,
@@ -154,44 +171,48 @@ def make_features(
     progress: Progress,
     *,
     on_bad_audio: Literal["error", "drop"] = "error",
-) -> Mapping[str, np.ndarray]:
-    """Normalised features of every utterance, in memory; from audio, or from the features that came with it.
+) -> Features:
+    """Normalised features of every utterance; from audio, or from the features that came with it.
 
     If ``on_bad_audio`` drops audio that cannot be used, it does so with features that cannot be read.
     """
-    corpus, features = material
-    if features is not None:
-        if on_bad_audio == "drop":
-            corpus = corpus.subset(u.id for u in corpus if u.id in features)
-            features = _readable(corpus, features)
-            corpus = corpus.subset(features)
-        return _normalised(corpus, features, front, progress)
-    features = extract(corpus, front.fbank, cache / "features", jobs=jobs, on_bad_audio=on_bad_audio, progress=progress)
-    try:
-        return _normalised(corpus.subset(features), features, front, progress)
-    except DamagedFeatures as error:
-        with reading(error.folder, "command"):
-            raise
+    corpus, given = material
+    if given is None:
+        made = extract(corpus, front.fbank, cache / "features", jobs=jobs, on_bad_audio=on_bad_audio, progress=progress)
+        left_out = {id: bad_audio(reason) for id, reason in made.left_out.items()}
+        try:
+            return Features(_normalised(corpus.subset(made), made, front, progress), left_out)
+        except DamagedFeatures as error:
+            with reading(error.folder, "command"):
+                raise
+    left_out = {}
+    if on_bad_audio == "drop":
+        given, left_out = _readable(corpus, given)
+        corpus = corpus.subset(given)
+    return Features(_normalised(corpus, given, front, progress), left_out)
 
 
-def _readable(corpus: Corpus, features: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """In memory, those of ``features`` that can be read and hold numbers."""
-    readable, bad = dict[str, np.ndarray](), list[str]()
+def _readable(corpus: Corpus, features: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, LeftOut]]:
+    """In memory, those of ``features`` that can be read and hold numbers; what is wrong with the others."""
+    readable, bad = dict[str, np.ndarray](), dict[str, str]()
     for id in corpus.by_id:
         try:
             found = features[id]
         except DamagedFeatures as error:
-            bad.append(str(error))
-            continue
-        if len(found) and np.isfinite(found).all():
-            readable[id] = found
+            bad[id] = str(error)
+        except KeyError:
+            bad[id] = f"there are no features of {id}"
         else:
-            bad.append(f"the features of {id} have no frames, or values that are not finite")
-    if bad:
-        logger.warning("%s: left out for features that cannot be used: %s", corpus.name, few(bad))
+            if len(found) and np.isfinite(found).all():
+                readable[id] = found
+            else:
+                bad[id] = f"the features of {id} have no frames, or values that are not finite"
+    left_out = {id: LeftOut("features that cannot be used", why) for id, why in bad.items()}
     if not readable:
-        raise ValueError(f"no features of {corpus.name} can be used: {few(bad)}: extract them again")
-    return readable
+        raise ValueError(f"no features of {corpus.name} can be used: {listed(left_out)}: extract them again")
+    if bad:
+        logger.warning("%s: left out for features that cannot be used: %s", corpus.name, listed(left_out))
+    return readable, left_out
 
 
 def _normalised(
@@ -216,31 +237,34 @@ def _refuse_impossible_words(split: Split, corpus: Corpus) -> None:
 _PARTED = re.compile(r"[\s]", re.ASCII)
 
 
-def _known(material: Material, lexicon: Lexicon, job: Job, split: Split) -> Material:
-    """The utterances all of whose words are in the lexicon; the test set stays whole, its unknown words are errors."""
-    corpus = material.corpus
+def _unknown(corpus: Corpus, lexicon: Lexicon, job: Job, split: Split) -> dict[str, LeftOut]:
+    """The utterances with words that are not in the lexicon; none of the test set, whose unknown words are errors."""
     unknown = lexicon.unknown_words(corpus.word_counts())
     if not unknown:
-        return material
+        return {}
     if split == "test":
         logger.warning("test: %d words are not in the lexicon and cannot be recognised: %s", len(unknown), unknown)
-        return material
+        return {}
     if job.unknown_words == "error":
         try:
             lexicon.check(corpus.word_counts())
         except ValueError as error:
             raise ValueError(f"{split}: {error} (unknown_words=drop)") from None
-    kept = corpus.subset(u.id for u in corpus if not any(word in unknown for word in u.words))
-    if not kept:
+    left_out = {u.id: unknown_words(lacking) for u in corpus if (lacking := unknown.keys() & set(u.words))}
+    if len(left_out) == len(corpus):
         raise ValueError(
             f"{split}: unknown_words=drop leaves out all {len(corpus)} utterances: the lexicon lacks "
             f"{few(list(unknown))}: is it the lexicon of this corpus?"
         )
     logger.warning(
         "%s: left out %d of %d utterances for %d words that are not in the lexicon: %s",
-        split, len(corpus) - len(kept), len(corpus), len(unknown), unknown,
+        split, len(left_out), len(corpus), len(unknown), unknown,
     )  # fmt: skip
-    return material._replace(corpus=kept)
+    return left_out
+
+
+def _without(material: Material, left_out: Mapping[str, LeftOut]) -> Material:
+    return material._replace(corpus=material.corpus.subset(u.id for u in material.corpus if u.id not in left_out))
 
 
 def _refuse_all_too_short(split: Split, corpus: Corpus, features: Mapping[str, np.ndarray], lexicon: Lexicon) -> None:

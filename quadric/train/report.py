@@ -123,6 +123,7 @@ class Report:
         recipe: all options, nested as they are; records may be dataclasses.
         environment: versions, machine, seeds.
         sweeps: of decoding options.
+        data: what is known of the sets, such as how many utterances were left out, and why.
         alignment: what is known of the alignment's quality, such as its frames or agreement with a reference.
         sequence: what is known of the sets of sequence training, such as how many utterances were left out, and why.
         worst: utterances to show for each run and set.
@@ -134,6 +135,7 @@ class Report:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     environment: Environment = field(default_factory=Environment)
     sweeps: Sequence[Sweep] = ()
+    data: Mapping[str, object] = field(default_factory=dict)
     alignment: Mapping[str, object] = field(default_factory=dict)
     sequence: Mapping[str, object] = field(default_factory=dict)
     worst: int = 10

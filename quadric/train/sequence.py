@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -29,9 +28,9 @@ from quadric.speech.corpus import Corpus
 from quadric.speech.graph import decoding_graph, to_labelled
 from quadric.speech.language_model import NGram
 from quadric.speech.lattices import Lattices, make_lattices
-from quadric.speech.tables import few
 from quadric.speech.topology import Tying, phone_segments
 from quadric.train.criterion import Competitors
+from quadric.train.left_out import LeftOut, counts, listed, not_aligned
 from quadric.train.prepare import Prepared
 from quadric.train.sources import Split
 from quadric.train.stages import Stages, reading
@@ -41,13 +40,6 @@ logger = logging.getLogger(__name__)
 
 _TEACHER = 20
 """Of another network's posteriors as many are kept a frame; the others count together."""
-
-
-class LeftOut(NamedTuple):
-    """Why an utterance is not trained on: what it has in common with others, and more of its own."""
-
-    kind: str
-    why: str
 
 
 @dataclass(frozen=True)
@@ -89,11 +81,9 @@ class SequenceSet:
 
     def facts(self, split: str) -> dict[str, object]:
         """For the report."""
-        kinds = Counter(reason.kind for reason in self.left_out.values())
         facts: dict[str, object] = {
             "utterances": len(self.targets),
-            "utterances left out": len(self.left_out),
-            **{f"left out: {kind}": count for kind, count in kinds.most_common()},
+            **counts(self.left_out),
             "references added to their lattices": self.added,
             "arcs a frame of the lattices": round(self.density, 1),
         }
@@ -186,11 +176,11 @@ def targets(
         added += not held
     total = len(competition.corpus)
     if not wanted:
-        raise ValueError(f"{split}: none of {total} utterances is left for sequence training: {_listed(left_out)}")
+        raise ValueError(f"{split}: none of {total} utterances is left for sequence training: {listed(left_out)}")
     if added:
         logger.info("%s: %d references were not in their lattices, and were added", split, added)
     if left_out:
-        logger.warning("%s: left out %d of %d utterances: %s", split, len(left_out), total, _listed(left_out))
+        logger.warning("%s: left out %d of %d utterances: %s", split, len(left_out), total, listed(left_out))
     made = competition.lattices
     return SequenceSet(wanted, added, left_out, made.arcs / made.frames)
 
@@ -233,11 +223,9 @@ def _references(
             jobs=jobs,
             progress=progress,
         )
-        failed = {id: LeftOut("not aligned with its words", why) for id, why in aligned.failed.items()}
-        for id, frames, least in aligned.too_short:
-            failed[id] = LeftOut("too short for its words", f"{frames} frames, its words take at least {least}")
+        failed = not_aligned(aligned)
         if not aligned.pdfs:
-            raise ValueError(f"no utterance could be aligned with its words: {_listed(failed)}")
+            raise ValueError(f"no utterance could be aligned with its words: {listed(failed)}")
         save_alignments(folder / "ali.ark", aligned.pdfs)
         (folder / "left_out.json").write_text(json.dumps(failed))
 
@@ -276,7 +264,3 @@ def _likeliest(posteriors: Float[torch.Tensor, "T C"]) -> tuple[np.ndarray, np.n
     """The likeliest pdfs of every frame, and their probabilities."""
     top = posteriors.topk(min(_TEACHER, posteriors.shape[-1]), dim=-1)
     return top.indices.to(torch.int32).numpy(), top.values.to(torch.float32).numpy()
-
-
-def _listed(reasons: Mapping[str, LeftOut]) -> str:
-    return few([f"{id}: {reason.why}" for id, reason in reasons.items()])

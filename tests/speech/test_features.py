@@ -6,6 +6,7 @@ import errno
 import os
 import platform
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -190,14 +191,35 @@ def test_bad_audio_is_listed_at_once_or_left_out(tmp_path: Path, caplog: pytest.
         extract(corpus.subset(["good.wav", "short.wav", "cut.flac"]), FBANK, tmp_path / "c", jobs=1)
     assert set(contents.value.reasons) == {"short.wav", "cut.flac"}
     assert "shorter than a frame" in str(contents.value)
+    reasons = {**headers.value.reasons, **contents.value.reasons}
+    assert reasons["gone.wav"] == f"missing: there is no file {tmp_path / 'gone.wav'}"
     for _ in range(2):  # the second time from the cache
         caplog.clear()
-        assert list(extract(corpus, FBANK, tmp_path / "c", jobs=1, on_bad_audio="drop")) == ["good.wav"]
-        assert "left out for audio that cannot be used: 4 (cut.flac, gone.wav, short.wav, text.wav)" in caplog.text
+        kept = extract(corpus, FBANK, tmp_path / "c", jobs=1, on_bad_audio="drop")
+        assert list(kept) == ["good.wav"]
+        assert kept.left_out == {id: reasons[id] for id in sorted(names[1:])}
+        assert f"left out for audio that cannot be used: 4 (cut.flac: audio {reasons['cut.flac']}, gone" in caplog.text
     with pytest.raises(BadAudio):
         extract(corpus, FBANK, tmp_path / "c", jobs=1)
-    with pytest.raises(ValueError, match="no audio of mixed can be used"):
+    # Reasons that are lost or damaged are found again.
+    (cached,) = (tmp_path / "c").glob("*/feats.00000.left_out")
+    for damage in (lambda: cached.unlink(), lambda: cached.write_text("{"), lambda: cached.write_text("{}")):
+        damage()
+        assert extract(corpus, FBANK, tmp_path / "c", jobs=1, on_bad_audio="drop").left_out == reasons
+    with pytest.raises(ValueError, match=r"no audio of mixed can be used, none of 4 is left: 4 \(cut"):
         extract(corpus.subset(names[1:]), FBANK, tmp_path / "c", jobs=1, on_bad_audio="drop")
+
+
+def test_a_reason_that_is_gone_is_forgotten(tmp_path: Path) -> None:
+    """Of a command, whose output is not in the name of the cache."""
+    soundfile.write(tmp_path / "x.wav", tone(0.5, 8000), 8000)
+    places = {"u": Audio(path=tmp_path / "x.wav"), "v": Audio(command=f"cat {tmp_path / 'y.wav'}")}
+    corpus = Corpus("c", tuple(Utterance(id, "s", (), audio) for id, audio in places.items()))
+    assert list(extract(corpus, FBANK, tmp_path / "c", jobs=1, on_bad_audio="drop").left_out) == ["v"]
+    shutil.copyfile(tmp_path / "x.wav", tmp_path / "y.wav")
+    for on_bad_audio in ("error", "drop"):
+        found = extract(corpus, FBANK, tmp_path / "c", jobs=1, on_bad_audio=on_bad_audio)  # type: ignore[arg-type]
+        assert list(found) == ["u", "v"] and found.left_out == {}
 
 
 def test_one_warning_for_rates_channels_and_zeros(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -100,7 +100,7 @@ def spoil(data: Path) -> dict[str, str]:
     least = 3 * 4 * 4
     say(data, short, "SEVEN SEVEN SEVEN")
     return {
-        lost: "its audio or features are missing or damaged",
+        lost: f"audio missing: there is no file {data / lost}.wav",
         unknown: "the lexicon lacks HUNDRED",
         short: rf"10 frames, its words take at least {least - 3}",
         silent: "it has no transcript",
@@ -140,9 +140,11 @@ def test_align_leaves_out_what_is_bad(system: Path, data: Path, tmp_path: Path, 
         0,
         f"aligned 1 of 5 utterances, 4 left out ({out / 'left_out'}): {out / 'ali.ark'}\n",
     ), errors
-    lines = (out / "left_out").read_text().splitlines()
-    assert [line.split(" ", 1) for line in lines] == [[id, reasons[id]] for id in sorted(reasons)]
+    told = (out / "left_out").read_text()
+    assert [line.split(" ", 1) for line in told.splitlines()] == [[id, reasons[id]] for id in sorted(reasons)]
     assert list(load_alignments(out / "ali.ark")) == ids(data)[4:]
+    call("align", system, data, "--out", out)  # with the features that are there
+    assert (out / "left_out").read_text() == told
     # When the last is bad as well, none is left.
     (data / f"{ids(data)[4]}.wav").write_bytes(b"no audio")
     status, printed, errors = call("align", system, data, "--out", out)
@@ -315,8 +317,10 @@ def test_features_that_cannot_be_used(system: Path, data: Path, tmp_path: Path, 
         status, printed, errors = call(name, system, data, "--out", out)
         assert status == 0 and " 3 of 5 utterances" in printed and "2 left out" in printed, errors
         assert "left out for features that cannot be used: 2 (" in errors
-        reason = "its audio or features are missing or damaged"
-        assert (out / "left_out").read_text() == f"{first} {reason}\n{second} {reason}\n"
+        reasons = dict(line.split(" ", 1) for line in (out / "left_out").read_text().splitlines())
+        assert reasons.keys() == {first, second}
+        assert reasons[first] == f"the features of {first} have no frames, or values that are not finite"
+        assert reasons[second].startswith(f"the features of {second} cannot be read from {tmp_path / 'gone.ark'}:7")
     narrow = {id: np.ascontiguousarray(matrix[:, 1:]) for id, matrix in matrices.items() if id != first}
     kaldiio.save_ark(str(data / "feats.ark"), narrow | {first: narrow[third]}, scp=str(data / "feats.scp"))
     status, _, errors = call("align", system, data, "--out", tmp_path / "narrow")

@@ -94,6 +94,7 @@ def full() -> Report:
         recipe={"network": Environment(seeds={"a": 3}), "data": Path("a/b"), "steps": [{"lr": 0.1}, 7], "none": []},
         environment=Environment({"torch": "2.13"}, {"cores": 2}, {"order": 17}),
         sweeps=[Sweep("on dev", {(w, p): Errors(100, 0, 0, int(w + 3 * p)) for w in (7.0, 8, 9) for p in (0.0, 1, 2)})],
+        data={"left out: audio": 12},
         alignment={"frames": 1234567, "failed": 0},
     )
 
@@ -156,6 +157,7 @@ def test_tells_everything(page: str) -> None:
         "data a/b",
         "lr 0.1",
         "none none",
+        "Data left out: audio 12 Alignment",
         "frames 1,234,567",
     ):
         assert expected in text

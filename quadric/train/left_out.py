@@ -1,0 +1,53 @@
+"""Why utterances are left out: kept from where it is found out to where it is told."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from quadric.speech.alignment import Alignments
+from quadric.speech.tables import few
+
+
+class LeftOut(NamedTuple):
+    """Why an utterance is not used: what it has in common with others, and more of its own."""
+
+    kind: str
+    why: str
+
+
+def counts(left_out: Mapping[str, LeftOut]) -> dict[str, int]:
+    """Facts for the report: how many, and how many of each kind.
+
+    >>> counts({"a": LeftOut("no words", ""), "b": LeftOut("no words", "")})
+    {'utterances left out': 2, 'left out: no words': 2}
+    """
+    kinds = Counter(reason.kind for reason in left_out.values())
+    return {"utterances left out": len(left_out)} | {f"left out: {kind}": n for kind, n in kinds.most_common()}
+
+
+def listed(left_out: Mapping[str, LeftOut]) -> str:
+    """How many, and the first of them with what is wrong, for a message."""
+    return few([f"{id}: {reason.why}" for id, reason in left_out.items()])
+
+
+def bad_audio(reason: str) -> LeftOut:
+    """What `quadric.speech.features.extract` leaves out."""
+    return LeftOut("audio that cannot be used", f"audio {reason}")
+
+
+def unknown_words(words: Iterable[str]) -> LeftOut:
+    """What has words that the lexicon lacks."""
+    return LeftOut("words that the lexicon lacks", f"the lexicon lacks {', '.join(sorted(words))}")
+
+
+def not_aligned(found: Alignments) -> dict[str, LeftOut]:
+    """What has no forced alignment."""
+    short = {id: too_short(frames, least) for id, frames, least in found.too_short}
+    return short | {id: LeftOut("not aligned with its words", why) for id, why in found.failed.items()}
+
+
+def too_short(frames: int, least: int) -> LeftOut:
+    """What has fewer frames than its words have states."""
+    return LeftOut("too short for its words", f"{frames} frames, its words take at least {least}")
