@@ -64,12 +64,12 @@ class Lattices(Mapping[str, Lattice]):
         self.store = Path(store)
         if not (self.store / _KEY).is_file():
             raise FileNotFoundError(f"store={str(store)!r}: there are no lattices")
-        shards = [_contents(path, path) for path in _shards(self.store)]
-        entries = {entry.id: entry for shard in shards for entry in shard.entries}
-        skipped = {id: reason for shard in shards for id, reason in shard.skipped.items()}
-        wanted = list(ids) if ids is not None else list(entries | skipped)
-        self._entries = {id: entries[id] for id in wanted if id in entries}
-        self.skipped = {id: skipped[id] for id in wanted if id in skipped}
+        found: dict[str, _Entry | str] = {}
+        for path in _shards(self.store):  # what was made again is in a later one
+            found |= _contents(path, path).found
+        kept = found if ids is None else {id: found[id] for id in ids if id in found}
+        self._entries = {id: entry for id, entry in kept.items() if isinstance(entry, _Entry)}
+        self.skipped = {id: reason for id, reason in kept.items() if isinstance(reason, str)}
 
     @property
     def frames(self) -> int:
@@ -102,6 +102,7 @@ def make_lattices(
     *,
     made_from: Mapping[str, Any] | None = None,
     backend: Backend = "quadric",
+    digests: Mapping[str, str] | None = None,
     jobs: int = 1,
     shard_size: int = 100,
     progress: Progress = silent,
@@ -117,10 +118,12 @@ def make_lattices(
         graph: the paths there are.
         options: how many of them to keep.
         store: the folder to keep them in.
-        made_from: what the scores depend on, such as the model's checksum and the acoustic scale, for JSON. A store
+        made_from: what all scores depend on, such as the model's checksum and the acoustic scale, for JSON. A store
             made from something else is refused.
         backend: whose search finds the paths: :class:`~quadric.lattice.generate.Generator`, or, as ``"kaldi"``,
             :class:`~quadric.speech.kaldi_generator.KaldiGenerator`, which more threads do not make faster.
+        digests: utterance id -> what else its scores depend on, such as a checksum of its features. An utterance that
+            is in the store with another digest, or with none, is made again.
         jobs: threads.
         shard_size: utterances in a file, and at most lost when the run is ended.
 
@@ -137,17 +140,18 @@ def make_lattices(
     key = {"format": _FORMAT, **asdict(options), "backend": backend, "graph": _checksum(graph)}
     _claim(store, {**key, "made_from": dict(made_from or {})})
     done, number = _finished(store)
-    left = [id for id in scores if id not in done]
+    digests = digests or {}
+    left = [id for id in scores if id not in done or done[id] != digests.get(id)]
     make = _Maker(kind(graph, options))
     results = progress(_each(make, scores, left, jobs), total=len(left), what="lattices")
     shard: list[_Made] = []
     for made in results:
         shard.append(made)
         if len(shard) == shard_size:
-            _write_shard(store, number, shard)
+            _write_shard(store, number, shard, digests)
             shard, number = [], number + 1
     if shard:
-        _write_shard(store, number, shard)
+        _write_shard(store, number, shard, digests)
     lattices = Lattices(store, scores)
     if lattices.skipped:
         reasons = few([f"{id}: {reason}" for id, reason in lattices.skipped.items()])
@@ -223,8 +227,10 @@ class _Entry(NamedTuple):
 
 
 class _Contents(NamedTuple):
-    entries: list[_Entry]
-    skipped: dict[str, str]
+    """Where the lattices of utterances are, or why they have none; and the digests that these were made with."""
+
+    found: dict[str, _Entry | str]
+    digests: dict[str, str]
 
 
 class _Damaged(ValueError):
@@ -253,9 +259,10 @@ def _shards(store: Path) -> list[Path]:
     return sorted(store.glob("lattices-*.zip"))
 
 
-def _write_shard(store: Path, number: int, shard: list[_Made]) -> None:
+def _write_shard(store: Path, number: int, shard: list[_Made], digests: Mapping[str, str]) -> None:
     entries = [[made.id, made.frames, made.arcs] for made in shard if made.content is not None]
     skipped = {made.id: made.reason for made in shard if made.content is None}
+    made_of = {made.id: digests[made.id] for made in shard if made.id in digests}
     with (
         new_file(store / f"lattices-{number:06}.zip") as temporary,
         temporary.open("wb") as stream,
@@ -263,15 +270,15 @@ def _write_shard(store: Path, number: int, shard: list[_Made]) -> None:
     ):
         for place, content in enumerate(made.content for made in shard if made.content is not None):
             file.writestr(str(place), content)
-        file.writestr(_CONTENTS, json.dumps({"entries": entries, "skipped": skipped}))
+        file.writestr(_CONTENTS, json.dumps({"entries": entries, "skipped": skipped, "digests": made_of}))
 
 
 def _contents(path: Path, file: Path | BinaryIO) -> _Contents:
     """What is in the shard ``path``, read from ``file``."""
     with _whole(path), ZipFile(file) as opened:
         found = json.loads(opened.read(_CONTENTS))
-        entries = [_Entry(id, path, str(place), *sizes) for place, (id, *sizes) in enumerate(found["entries"])]
-        return _Contents(entries, dict(found["skipped"]))
+        entries = {id: _Entry(id, path, str(place), *sizes) for place, (id, *sizes) in enumerate(found["entries"])}
+        return _Contents(entries | found["skipped"], dict(found.get("digests", {})))
 
 
 def _checked(path: Path) -> _Contents:
@@ -308,9 +315,9 @@ def _claim(store: Path, key: dict[str, Any]) -> None:
         )
 
 
-def _finished(store: Path) -> tuple[set[str], int]:
-    """The utterances in the store, and the number of the next shard. What is damaged is removed."""
-    done: set[str] = set()
+def _finished(store: Path) -> tuple[dict[str, str | None], int]:
+    """The utterances in the store with their digests, and the number of the next shard. What is damaged is removed."""
+    done: dict[str, str | None] = {}
     number = 0
     for path in _shards(store):
         try:
@@ -319,7 +326,6 @@ def _finished(store: Path) -> tuple[set[str], int]:
             logger.warning("%s", error)
             path.unlink(missing_ok=True)
             continue
-        done.update(entry.id for entry in contents.entries)
-        done.update(contents.skipped)
+        done |= {id: contents.digests.get(id) for id in contents.found}
         number = max(number, int(path.stem.rpartition("-")[2]) + 1)
     return done, number

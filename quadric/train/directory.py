@@ -116,6 +116,8 @@ def lattice_directory(
 ) -> tuple[str, ...]:
     """Makes lattices of ``corpus`` by the system in ``folder``; run again, it goes on where it stopped.
 
+    Of a corpus that has changed meanwhile it makes those again whose features have.
+
     Writes them to ``out/lattices`` and, as ``archive`` says, as Kaldi's lattices to ``out/lat.ark``, with the
     transition model that numbers their transitions in ``out/final.mdl`` and the words in ``out/words.txt``.
 
@@ -143,8 +145,8 @@ def lattice_directory(
         made_from = {
             "scale": scale,
             "model": digest(system.log_prior, *(value.numpy() for value in system.model.state_dict().values())),
-            "features": digest(dict(scored.features)),
         }
+        digests = {id: digest(features) for id, features in scored.features.items()}
         scaled = system.likelihoods(scored.features, scale=scale)
         made = make_lattices(
             scaled,
@@ -153,6 +155,7 @@ def lattice_directory(
             out / "lattices",
             made_from=made_from,
             backend=backend,
+            digests=digests,
             jobs=jobs,
             progress=progress,
         )

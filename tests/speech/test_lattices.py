@@ -201,6 +201,34 @@ def test_only_what_is_missing_is_made(tmp_path: Path, graph: LabelledAutomaton) 
     assert list(few) == ["u007"] and few.skipped == {}
 
 
+def test_what_has_changed_is_made_again(tmp_path: Path, graph: LabelledAutomaton) -> None:
+    """The last made counts, whether it is a lattice or a reason why there is none; also after damage."""
+    scores, store, generator = random_scores(6), tmp_path / "s", Generator(graph, OPTIONS)
+    digests = {id: "first" for id in scores}
+    make_lattices(scores, graph, OPTIONS, store, digests=digests, shard_size=4)
+
+    def again(wanted: list[str], **changed: tuple[str, np.ndarray]) -> Lattices:
+        digests.update({id: digest for id, (digest, _) in changed.items()})
+        scores.update({id: row for id, (_, row) in changed.items()})
+        reading = Reading(scores)
+        made = make_lattices(reading, graph, OPTIONS, store, digests=digests, shard_size=4)
+        assert reading.read == wanted and [*made] == [id for id in scores if len(scores[id]) > 1]
+        assert all(same(made[id], generator(scores[id])) for id in made)
+        assert [*made.skipped] == [id for id in scores if len(scores[id]) == 1]
+        assert sorted(Lattices(store)) == sorted(made) and Lattices(store).skipped == made.skipped
+        return made
+
+    first, other = scores["u001"], random_scores(2, seed=9)
+    again([])
+    again(["u001", "u004"], u001=("second", other["u000"]), u004=("short", other["u001"][:1]))
+    again([])
+    again(["u001", "u004", "new"], u001=("first", first), u004=("whole", other["u001"]), new=("first", other["u000"]))
+    (store / "lattices-000003.zip").write_bytes(b"damaged")  # before it, the store has other lattices of the same
+    again(["u001", "u004", "new"])
+    digests.pop("u000")
+    again(["u000"])
+
+
 def test_threads_are_fed_as_they_work(tmp_path: Path, graph: LabelledAutomaton) -> None:
     """Not all scores at once: no more than some for each thread wait."""
     reading, most = Reading(random_scores(80)), 0

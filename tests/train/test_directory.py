@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -10,6 +11,7 @@ import signal
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from zipfile import ZipFile
 
 import kaldiio
 import numpy as np
@@ -291,13 +293,37 @@ def test_lattices_leave_out_what_is_bad(system: Path, data: Path, tmp_path: Path
     assert "quadric: data: none of 5 utterances could be done: 5 (" in errors.strip().splitlines()[-1]
 
 
-def test_lattices_of_other_audio_are_not_taken(system: Path, data: Path, tmp_path: Path, call: Call) -> None:
-    out = tmp_path / "out"
+def test_lattices_of_audio_that_has_changed_are_made_again(
+    system: Path, data: Path, tmp_path: Path, call: Call
+) -> None:
+    """Audio is repaired, other audio lost, an utterance new."""
+    for table in ("wav.scp", "utt2spk", "text"):  # speakers of one utterance: normalisation joins no others
+        (data / f"{table}.all").write_text((data / table).read_text())
+        lines = (data / table).read_text().splitlines()
+        split = [f"{line.split()[0]} {line.split()[0]}" for line in lines] if table == "utt2spk" else lines
+        (data / f"{table}.all").write_text("".join(f"{line}\n" for line in split))
+        (data / table).write_text("".join(f"{line}\n" for line in split[:4]))
+    first, second, third, fourth, new = sorted(read_text(data / "text.all"))
+    out, audio = tmp_path / "out", (data / f"{first}.wav").read_bytes()
+    (data / f"{first}.wav").write_bytes((data / f"{second}.wav").read_bytes())
     assert call("lattice", system, data, "--out", out, *BEAMS)[0] == 0
-    first, second = ids(data)[:2]
-    shutil.copyfile(data / f"{second}.wav", data / f"{first}.wav")
+    before = {path: path.read_bytes() for path in out.glob("lattices/*.zip")}
+    (data / f"{first}.wav").write_bytes(audio)
+    (data / f"{third}.wav").unlink()
+    for table in ("wav.scp", "utt2spk", "text"):
+        (data / f"{table}.all").replace(data / table)
     status, printed, errors = call("lattice", system, data, "--out", out, *BEAMS)
-    assert status == 1 and not printed and "holds lattices made with" in errors.splitlines()[-1]
+    assert status == 0 and printed.startswith("lattices of 4 of 5 utterances, "), errors
+    assert (out / "left_out").read_text().startswith(f"{third} audio missing: ")
+    assert {path: path.read_bytes() for path in before} == before
+    (added,) = set(out.glob("lattices/*.zip")) - before.keys()
+    with ZipFile(added) as file:
+        assert [id for id, *_ in json.loads(file.read("contents.json"))["entries"]] == [first, new]
+    whole = tmp_path / "whole"
+    assert call("lattice", system, data, "--out", whole, *BEAMS)[1].splitlines()[1:] == printed.splitlines()[1:]
+    ids_wanted = (first, second, fourth, new)
+    found, expected = Lattices(out / "lattices", ids_wanted), Lattices(whole / "lattices", ids_wanted)
+    assert (found.arcs, found.frames) == (expected.arcs, expected.frames) and len(found) == 4
 
 
 def test_features_that_cannot_be_used(system: Path, data: Path, tmp_path: Path, call: Call) -> None:
