@@ -8,6 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+pytest.importorskip("numba", reason="needs the lattice extra")
+
 from quadric.lattice.accuracy import (
     approximate_phone_accuracy,
     exact_phone_accuracy,

@@ -5,6 +5,8 @@ import pickle
 import numpy as np
 import pytest
 
+pytest.importorskip("numba", reason="needs the lattice extra")
+
 from quadric.lattice.automaton import Automaton
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-pytest.importorskip("numba", reason="needs the speech extra")
+pytest.importorskip("numba", reason="needs the lattice extra")
 
 from quadric.lattice.codec import decode, encode
 from quadric.lattice.generate import Generator, LatticeOptions, NoPath

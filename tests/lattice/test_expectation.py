@@ -9,6 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+pytest.importorskip("numba", reason="needs the lattice extra")
+
 from quadric.lattice import kernels
 from quadric.lattice.expectation import (
     PathSums,

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-pytest.importorskip("numba", reason="needs the speech extra")
+pytest.importorskip("numba", reason="needs the lattice extra")
 
 from quadric.lattice.automaton import Automaton
 from quadric.lattice.generate import Generator, LatticeOptions, NoPath

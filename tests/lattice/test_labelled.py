@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+pytest.importorskip("numba", reason="needs the lattice extra")
+
 from quadric.lattice.automaton import Automaton
 from quadric.lattice.labelled import LabelledAutomaton
 

@@ -5,6 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+pytest.importorskip("numba", reason="needs the lattice extra")
+
 from quadric.lattice.lattice import Lattice, StatePath
 
 

@@ -6,6 +6,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+pytest.importorskip("numba", reason="needs the lattice extra")
+
 from quadric.lattice.automaton import Automaton
 from quadric.lattice.semiring import forward_backward, forward_backward_batch
 from reference.paths import enumerate_paths, log_z_by_recursion

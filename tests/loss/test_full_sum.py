@@ -5,6 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
+pytest.importorskip("numba", reason="needs the lattice extra")
+
 from quadric.lattice.automaton import Automaton
 from quadric.loss.full_sum import FullSum, FullSumTarget
 from reference.paths import log_z_by_recursion

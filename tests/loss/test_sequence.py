@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.functional import hessian
 
+pytest.importorskip("numba", reason="needs the lattice extra")
+
 from quadric.lattice.lattice import Lattice, StatePath
 from quadric.loss.sequence import MMI, MPE, SMBR
 from quadric.loss.sequence_loss import SequenceLoss
