@@ -472,14 +472,16 @@ def test_words_that_are_not_in_the_lexicon(call: Call, corpus: Path) -> None:
     assert "train: 2 words of the text are not in the lexicon: NEVER (2), EVER (1)" in message
     assert "unknown_words=drop" in message
     edit(corpus / "test" / "text", lambda text: text.replace("u00 ", "u00 OTHER "))
-    status, printed, errors = call(*train(corpus, "unknown_words=drop"))
+    edit(corpus / "train" / "text", lambda text: f"{text}more LOW\n")
+    status, printed, errors = call(*train(corpus, "unknown_words=drop", "train.on_mismatch=drop"))
     assert status == 0
     assert "left out 2 of 24 utterances for 2 words that are not in the lexicon: {'NEVER': 2, 'EVER': 1}" in errors
     assert "test: 1 words are not in the lexicon and cannot be recognised: {'OTHER': 1}" in errors
     assert counted(corpus, "data", "train") == {
         "utterances": 22,
-        "utterances left out": 2,
+        "utterances left out": 3,
         "left out: words that the lexicon lacks": 2,
+        "left out: not in wav.scp nor utt2spk": 1,
     }
     assert counted(corpus, "data", "test") == {"utterances": 4, "utterances left out": 0}
     words = sum(len(line.split()) - 1 for line in (corpus / "test" / "text").read_text().splitlines())

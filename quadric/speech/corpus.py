@@ -11,7 +11,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -65,6 +65,8 @@ class Utterance:
 class Corpus:
     """Utterances, sorted by id (given in any order); every id once.
 
+    ``left_out`` are those that were not taken up when the corpus was read, id -> why; it is no part of a comparison.
+
     >>> corpus = Corpus("digits", (Utterance("b", "ann", ("TWO",)), Utterance("a", "bob", ("ONE", "TWO"))))
     >>> [utterance.id for utterance in corpus], corpus.by_id["b"].words, corpus.speakers
     (['a', 'b'], ('TWO',), ('ann', 'bob'))
@@ -74,6 +76,7 @@ class Corpus:
 
     name: str
     utterances: tuple[Utterance, ...]
+    left_out: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         ordered = tuple(sorted(self.utterances, key=lambda utterance: utterance.id))
@@ -93,7 +96,8 @@ class Corpus:
         return MappingProxyType({utterance.id: utterance for utterance in self.utterances})
 
     def __getstate__(self) -> dict[str, object]:
-        return {"name": self.name, "utterances": self.utterances}  # the mapping by id is made again when asked for
+        # The mapping by id is made again when asked for.
+        return {"name": self.name, "utterances": self.utterances, "left_out": self.left_out}
 
     @cached_property
     def speakers(self) -> tuple[str, ...]:
@@ -151,12 +155,12 @@ def read_data_dir(
             raise ValueError(f'{argument}={value!r} must be "error" or "drop"')
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no data directory {folder}")
-    audio, features = _sources(folder, start, allow_commands, on_mismatch)
+    audio, features, lost = _sources(folder, start, allow_commands, on_mismatch)
     words = _transcripts(folder, allow_missing_text)
     speakers = _speakers(folder, [*audio, *features])
     audio_table = "segments" if (folder / "segments").is_file() else "wav.scp"
     tables: dict[str, Mapping[str, object]] = {audio_table: audio, "feats.scp": features, "utt2spk": speakers}
-    kept = _in_all(
+    kept, left_out = _in_all(
         {table: rows for table, rows in tables.items() if rows}, words, allow_missing_text, folder, on_mismatch
     )
     empty = [] if allow_missing_text else [id for id in kept if not words[id]]
@@ -167,24 +171,25 @@ def read_data_dir(
         )
     if empty:
         logger.warning("%s: left out for an empty transcript: %s", folder, few(empty))
+    left_out |= dict.fromkeys(empty, "empty transcript") | dict.fromkeys(lost, "its recording is not in wav.scp")
     left = sorted(set(kept) - set(empty))
     if not left:
         raise ValueError(f"no utterance of {folder} is left: check that its tables use the same ids")
     utterances = (Utterance(id, speakers[id], words.get(id, ()), audio.get(id), features.get(id)) for id in left)
-    return Corpus(folder.name if name is None else name, tuple(utterances))
+    return Corpus(folder.name if name is None else name, tuple(utterances), left_out)
 
 
 def _sources(
     folder: Path, root: Path | None, allow_commands: bool, on_mismatch: str
-) -> tuple[dict[str, Audio], dict[str, str]]:
-    """The audio and the features of the utterances, each empty where the directory has none."""
+) -> tuple[dict[str, Audio], dict[str, str], list[str]]:
+    """The audio and the features of the utterances, each empty where the directory has none; segments of nothing."""
     wav, features = (folder / "wav.scp").is_file(), (folder / "feats.scp").is_file()
     if not wav and not features:
         raise FileNotFoundError(f"{folder} holds neither wav.scp nor feats.scp: one of them must say where the data is")
-    audio = _recordings(folder, root, allow_commands) if wav else {}
+    audio, lost = (_recordings(folder, root, allow_commands) if wav else {}), list[str]()
     if wav and (folder / "segments").is_file():
-        audio = _segments(folder, audio, on_mismatch)
-    return audio, find_features(folder, root) if features else {}
+        audio, lost = _segments(folder, audio, on_mismatch)
+    return audio, find_features(folder, root) if features else {}, lost
 
 
 def _recordings(folder: Path, root: Path | None, allow_commands: bool) -> dict[str, Audio]:
@@ -204,7 +209,8 @@ def _recordings(folder: Path, root: Path | None, allow_commands: bool) -> dict[s
     }
 
 
-def _segments(folder: Path, recordings: Mapping[str, Audio], on_mismatch: str) -> dict[str, Audio]:
+def _segments(folder: Path, recordings: Mapping[str, Audio], on_mismatch: str) -> tuple[dict[str, Audio], list[str]]:
+    """The segments, and those whose recording is not there."""
     entries = read_table(folder / "segments", _segment)
     lost = [id for id, (recording, _, _) in entries.items() if recording not in recordings]
     if lost and on_mismatch == "error":
@@ -214,11 +220,12 @@ def _segments(folder: Path, recordings: Mapping[str, Audio], on_mismatch: str) -
         )
     if lost:
         logger.warning("%s: segments left out, their recording is not in wav.scp: %s", folder, few(lost))
-    return {
+    found = {
         id: replace(recordings[recording], start=start, end=end)
         for id, (recording, start, end) in entries.items()
         if recording in recordings
     }
+    return found, lost
 
 
 def _segment(value: str) -> tuple[str, float, float | None]:
@@ -259,8 +266,8 @@ def _in_all(
     allow_missing_text: bool,
     folder: Path,
     on_mismatch: str,
-) -> list[str]:
-    """The ids that stand in every table, sorted; others are an error or are left out."""
+) -> tuple[list[str], dict[str, str]]:
+    """The ids that stand in every table, sorted; others are an error or are left out, with the tables they lack."""
     required = dict(tables) if allow_missing_text else {**tables, "text": text}
     every = set(text).union(*tables.values())
     kept = every.intersection(*required.values())
@@ -273,7 +280,8 @@ def _in_all(
                 'on_mismatch="drop" to keep only the utterances that are in all of them'
             )
         logger.warning("%s: left out %d utterances: %s", folder, len(every) - len(kept), problems)
-    return sorted(kept)
+    without = {id: [table for table, rows in required.items() if id not in rows] for id in sorted(every - kept)}
+    return sorted(kept), {id: f"not in {' nor '.join(tables)}" for id, tables in without.items()}
 
 
 def write_data_dir(corpus: Corpus, path: str | os.PathLike[str]) -> None:

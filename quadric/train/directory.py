@@ -30,7 +30,7 @@ from quadric.speech.lattices import Lattices, make_lattices
 from quadric.speech.lexicon import Lexicon
 from quadric.speech.transitions import TransitionModel
 from quadric.train.decode import check_output
-from quadric.train.left_out import LeftOut, listed, not_aligned, unknown_words
+from quadric.train.left_out import LeftOut, listed, not_aligned, unknown_words, unread
 from quadric.train.prepare import Features, make_features
 from quadric.train.sources import material
 from quadric.train.stages import alone_in, digest
@@ -98,7 +98,7 @@ def align_directory(
         }
         write_ctm(out / "words.ctm", words)
         write_ctm(out / "phones.ctm", {id: phone_tokens(pdfs, system.tying, shift) for id, pdfs in found.pdfs.items()})
-        return (f"aligned {len(found.pdfs)} of {len(corpus)} utterances{_told(out, left_out)}: {out / 'ali.ark'}",)
+        return (f"aligned {len(found.pdfs)} of {_count(corpus)} utterances{_told(out, left_out)}: {out / 'ali.ark'}",)
 
 
 def lattice_directory(
@@ -163,7 +163,7 @@ def lattice_directory(
         _refuse_none(made, corpus, left_out)
         density = made.arcs / made.frames
         lines = [
-            f"lattices of {len(made)} of {len(corpus)} utterances, {density:.1f} arcs a frame{_told(out, left_out)}"
+            f"lattices of {len(made)} of {_count(corpus)} utterances, {density:.1f} arcs a frame{_told(out, left_out)}"
         ]
         lines += _oracle(made, scored.corpus, system.lexicon, progress)
         if archive != "none":
@@ -206,12 +206,17 @@ def _score(system: System, corpus: Corpus, out: Path, jobs: int, progress: Progr
             "as those that it was trained on"
         )
     heard = corpus.subset(id for id in corpus.by_id if id in features)
-    return _Scored(system, heard, features, dict(features.left_out))
+    return _Scored(system, heard, features, unread(corpus) | features.left_out)
+
+
+def _count(corpus: Corpus) -> int:
+    """How many utterances there are, with those that were left out when they were read."""
+    return len(corpus) + len(corpus.left_out)
 
 
 def _refuse_none(found: Mapping[str, object], corpus: Corpus, left_out: Mapping[str, LeftOut]) -> None:
     if not found:
-        raise ValueError(f"{corpus.name}: none of {len(corpus)} utterances could be done: {listed(left_out)}")
+        raise ValueError(f"{corpus.name}: none of {_count(corpus)} utterances could be done: {listed(left_out)}")
 
 
 def _told(out: Path, left_out: Mapping[str, LeftOut]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from quadric.speech.alignment import Alignments
+from quadric.speech.corpus import Corpus
 from quadric.speech.tables import few
 
 
@@ -30,6 +31,11 @@ def counts(left_out: Mapping[str, LeftOut]) -> dict[str, int]:
 def listed(left_out: Mapping[str, LeftOut]) -> str:
     """How many, and the first of them with what is wrong, for a message."""
     return few([f"{id}: {reason.why}" for id, reason in left_out.items()])
+
+
+def unread(corpus: Corpus) -> dict[str, LeftOut]:
+    """What was not taken up when the corpus was read."""
+    return {id: LeftOut(why, why) for id, why in corpus.left_out.items()}
 
 
 def bad_audio(reason: str) -> LeftOut:

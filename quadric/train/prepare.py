@@ -24,7 +24,7 @@ from quadric.speech.normalisation import add_deltas, normalise
 from quadric.speech.synthesis import DIGIT_LEXICON
 from quadric.speech.tables import few
 from quadric.speech.topology import STATES
-from quadric.train.left_out import LeftOut, bad_audio, listed, unknown_words
+from quadric.train.left_out import LeftOut, bad_audio, listed, unknown_words, unread
 from quadric.train.recipe import Job
 from quadric.train.sources import SPLITS, Material, Source, Split
 from quadric.train.stages import Stages, digest, reading
@@ -110,7 +110,10 @@ def prepare(job: Job, stages: Stages, progress: Progress) -> Prepared:
         )
         for split, material in materials.items()
     }
-    left_out = {split: unknown[split] | features[split].left_out for split in SPLITS}
+    left_out = {
+        split: unread(material.corpus) | unknown[split] | features[split].left_out
+        for split, material in materials.items()
+    }
     corpora = {split: _with_features(material.corpus, features[split]) for split, material in materials.items()}
     for split in ("train", "dev"):
         _refuse_all_too_short(split, corpora[split], features[split], lexicon)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -74,7 +74,8 @@ class KaldiDirectory(Source):
         if self.keep is not None:
             if not self.keep.is_file():
                 raise FileNotFoundError(f"keep={self.keep}: there is no such file; write one utterance id a line")
-            corpus = corpus.subset(id for line in read_lines(self.keep) for id in line.split())
+            kept = corpus.subset(id for line in read_lines(self.keep) for id in line.split())
+            corpus = replace(kept, left_out={})  # what is not to be kept was not lost
         return material(corpus)
 
 

@@ -119,7 +119,8 @@ def test_segments_of_unknown_recordings(good: Path) -> None:
     data_dir(good, wav_scp="r /x/r.wav\n", segments="u1 r 0 1\nu2 q 0 1\n")
     with pytest.raises(ValueError, match=r"recording is not in wav\.scp: 1 \(u2\)"):
         read_data_dir(good)
-    assert [u.id for u in read_data_dir(good, on_mismatch="drop")] == ["u1"]
+    kept = read_data_dir(good, on_mismatch="drop")
+    assert [u.id for u in kept] == ["u1"] and kept.left_out == {"u2": "its recording is not in wav.scp"}
 
 
 def test_features_alone_make_a_corpus(good: Path) -> None:
@@ -178,7 +179,10 @@ def test_mismatch_names_every_table_and_can_be_dropped(good: Path) -> None:
     assert "not in wav.scp: 2 (u3, u4)" in str(error.value)
     assert "not in text: 1 (u2)" in str(error.value)
     assert 'on_mismatch="drop"' in str(error.value)
-    assert [u.id for u in read_data_dir(good, on_mismatch="drop")] == ["u1"]
+    kept = read_data_dir(good, on_mismatch="drop")
+    assert [u.id for u in kept] == ["u1"]
+    reasons = {"u2": "not in text", "u3": "not in wav.scp nor utt2spk", "u4": "not in wav.scp nor utt2spk"}
+    assert kept.left_out == pickle.loads(pickle.dumps(kept)).left_out == kept.head(0).left_out == reasons
 
 
 def test_nothing_left_is_an_error(good: Path) -> None:
@@ -191,7 +195,8 @@ def test_empty_transcripts(good: Path, caplog: pytest.LogCaptureFixture) -> None
     data_dir(good, text="u1\nu2 TWO\n")
     with pytest.raises(ValueError, match=r'empty transcripts in .*text: 1 \(u1\).*on_empty="drop"'):
         read_data_dir(good)
-    assert [u.id for u in read_data_dir(good, on_empty="drop")] == ["u2"]
+    kept = read_data_dir(good, on_empty="drop")
+    assert [u.id for u in kept] == ["u2"] and kept.left_out == {"u1": "empty transcript"}
     assert "left out for an empty transcript: 1 (u1)" in caplog.text
     assert read_data_dir(good, allow_missing_text=True).by_id["u1"].words == ()
 

@@ -147,6 +147,11 @@ def test_align_leaves_out_what_is_bad(system: Path, data: Path, tmp_path: Path, 
     assert list(load_alignments(out / "ali.ark")) == ids(data)[4:]
     call("align", system, data, "--out", out)  # with the features that are there
     assert (out / "left_out").read_text() == told
+    (data / "wav.scp").write_text((data / "wav.scp").read_text() + "more more.wav\n")  # of no speaker
+    printed = call("align", system, data, "--out", out, "--drop-mismatched")[1]
+    assert printed.startswith("aligned 1 of 6 utterances, 5 left out")
+    assert set((out / "left_out").read_text().splitlines()) == {*told.splitlines(), "more not in utt2spk"}
+    (data / "wav.scp").write_text((data / "wav.scp").read_text().replace("more more.wav\n", ""))
     # When the last is bad as well, none is left.
     (data / f"{ids(data)[4]}.wav").write_bytes(b"no audio")
     status, printed, errors = call("align", system, data, "--out", out)
