@@ -79,12 +79,16 @@ class AfterRejection(Damping):
 
     A step fails that is rejected, or taken only in part. For methods that are undamped in their papers: on new data a
     rejected step may be left at that, on the same data it would be proposed for ever.
+
+    Where the value that steps are judged by is mostly noise, half of them are shortened however short they are, and
+    more damping is no remedy: after these it stops at ``most``, a share of the curvature where the method so takes it.
     """
 
     start: float = 1e-2
     boost: float = 4.0
     drop: float = 1 / 2
     initial: float = 0.0
+    most: float = 0.32
 
     def __post_init__(self) -> None:
         if not 0 <= self.initial < math.inf:
@@ -93,8 +97,12 @@ class AfterRejection(Damping):
             raise ValueError(
                 f"start={self.start}, boost={self.boost}, drop={self.drop}: need start > 0 and boost > 1 > drop > 0"
             )
+        if not self.most >= self.start:
+            raise ValueError(f"most={self.most}: must be at least start={self.start}")
 
     def update(self, value: float, ratio: float, *, whole: bool = True) -> float:
-        if math.isnan(ratio) or ratio == -math.inf or not whole:
+        if math.isnan(ratio) or ratio == -math.inf:
             return max(value * self.boost, self.start)
+        if not whole:
+            return max(value, min(value * self.boost, self.most), self.start)
         return value * self.drop if value * self.drop >= max(self.start, self.initial) else self.initial

@@ -195,11 +195,17 @@ def test_damping_comes_after_a_failure_and_goes() -> None:
         values.append(rule.update(values[-1], ratio))
     assert values == pytest.approx([0.0, 0.0, 0.01, 0.04, 0.02, 0.01, 0.0, 0.0])
     assert rule.update(0.0, 0.9, whole=False) == 0.01 and rule.update(0.01, 0.9, whole=False) == 0.04
+    assert [rule.update(value, 0.9, whole=False) for value in (0.05, 0.1, 5.0)] == [0.2, 0.32, 5.0]
+    assert [rule.update(value, math.nan) for value in (0.05, 0.1, 5.0)] == [0.2, 0.4, 20.0]
     resting, values = AfterRejection(start=0.01, boost=4.0, drop=0.5, initial=0.015), []
     for ratio in (1.0, math.nan, 0.1, 0.9):
         values.append(resting.update(values[-1] if values else resting.initial, ratio))
     assert values == pytest.approx([0.015, 0.06, 0.03, 0.015])
-    for misuse, message in (({"start": 0.0}, r"start=0\.0"), ({"initial": -1.0}, r"initial=-1\.0")):
+    for misuse, message in (
+        ({"start": 0.0}, r"start=0\.0"),
+        ({"most": 0.001}, r"most=0\.001"),
+        ({"initial": -1.0}, r"initial=-1\.0"),
+    ):
         with pytest.raises(ValueError, match=message):
             AfterRejection(**misuse)
 
