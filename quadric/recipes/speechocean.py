@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from quadric.data.augment import SpecAugment
 from quadric.speech.features import Fbank
 from quadric.speech.tree import TreeOptions
 from quadric.train.method import FirstOrder, HessianFree
@@ -30,8 +31,9 @@ def speechocean(data: Path, seed: int = 0) -> Job:
         realign=FirstOrder(epochs=1, gradient_frames=1024),
         tree=TreeOptions(leaves=800),
         network=Network("tdnn", (512,) * 5, dropout=0.1),
+        augment=SpecAugment(),
         chunk=80,
-        first_order=FirstOrder(epochs=3, gradient_frames=1024),
+        first_order=FirstOrder(epochs=6, gradient_frames=1024),
         hessian_free=HessianFree(epochs=1, gradient_frames=120_000, curvature_frames=10_000, max_steps=12),
         decoding=Decoding(11.0, 2000, lm_weights=(8.0, 9.0, 10.0, 11.0, 12.0), word_penalties=(0.0, 0.5, 1.0, 1.5)),
         autocast=True,
