@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
-from zipfile import ZipFile
+from zipfile import ZipFile, ZipInfo
 
 import numpy as np
 from jaxtyping import Float
@@ -104,7 +104,7 @@ def make_lattices(
     backend: Backend = "quadric",
     digests: Mapping[str, str] | None = None,
     jobs: int = 1,
-    shard_size: int = 100,
+    shard_size: int = 25,
     progress: Progress = silent,
 ) -> Lattices:
     """The lattices of all utterances, made unless they are in the store; one process at a time.
@@ -125,7 +125,7 @@ def make_lattices(
         digests: utterance id -> what else its scores depend on, such as a checksum of its features. An utterance that
             is in the store with another digest, or with none, is made again.
         jobs: threads.
-        shard_size: utterances in a file, and at most lost when the run is ended.
+        shard_size: utterances in a file, and at most lost when the process is killed; an interrupt loses none.
 
     Raises:
         ValueError: the store holds lattices made with something else or is another folder; scores without a column for
@@ -135,7 +135,9 @@ def make_lattices(
         OSError: a part of the store cannot be read. It stays as it is: only what is read and found damaged is removed.
     """
     if jobs < 1 or shard_size < 1:
-        raise ValueError(f"jobs={jobs} and shard_size={shard_size} must be at least 1")
+        raise ValueError(
+            f"jobs={jobs} must be at least 1" if jobs < 1 else f"shard_size={shard_size} must be at least 1"
+        )
     store, kind = Path(store), generator_of(backend)
     key = {"format": _FORMAT, **asdict(options), "backend": backend, "graph": _checksum(graph)}
     _claim(store, {**key, "made_from": dict(made_from or {})})
@@ -145,13 +147,15 @@ def make_lattices(
     make = _Maker(kind(graph, options))
     results = progress(_each(make, scores, left, jobs), total=len(left), what="lattices")
     shard: list[_Made] = []
-    for made in results:
-        shard.append(made)
-        if len(shard) == shard_size:
+    try:
+        for made in results:
+            shard.append(made)
+            if len(shard) == shard_size:
+                _write_shard(store, number, shard, digests)
+                shard, number = [], number + 1
+    finally:  # what is made is kept when the run is interrupted, too
+        if shard:
             _write_shard(store, number, shard, digests)
-            shard, number = [], number + 1
-    if shard:
-        _write_shard(store, number, shard, digests)
     lattices = Lattices(store, scores)
     if lattices.skipped:
         reasons = few([f"{id}: {reason}" for id, reason in lattices.skipped.items()])
@@ -269,8 +273,8 @@ def _write_shard(store: Path, number: int, shard: list[_Made], digests: Mapping[
         ZipFile(stream, "w") as file,
     ):
         for place, content in enumerate(made.content for made in shard if made.content is not None):
-            file.writestr(str(place), content)
-        file.writestr(_CONTENTS, json.dumps({"entries": entries, "skipped": skipped, "digests": made_of}))
+            file.writestr(ZipInfo(str(place)), content)  # without the time, so that equal lattices are equal bytes
+        file.writestr(ZipInfo(_CONTENTS), json.dumps({"entries": entries, "skipped": skipped, "digests": made_of}))
 
 
 def _contents(path: Path, file: Path | BinaryIO) -> _Contents:

@@ -62,6 +62,8 @@ class Criterion:
         check(self, kind=one_of(Kind), scale=NONE_OR_POSITIVE, sharpness=POSITIVE, boost=NOT_NEGATIVE)
         check(self, accuracy=one_of(Accuracy), smoothing=SHARE, anchor=NOT_NEGATIVE)
         check(self, curvature=one_of(Matrix), fisher=one_of(Over))
+        if self.smoothing == 1.0:
+            raise ValueError(f"smoothing={self.smoothing}: nothing would be left of {self.kind}; give less than 1")
         if self.boost and self.kind != "mmi":
             raise ValueError(f"boost={self.boost}: only mmi is boosted; kind is {self.kind}")
         if self.accuracy != "approximate" and self.kind != "mpe":

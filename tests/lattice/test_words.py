@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 pytest.importorskip("numba", reason="needs the lattice extra")
@@ -29,8 +29,8 @@ def random_lattice(rng: np.random.Generator, frames: int) -> Lattice | None:
 def test_words_are_those_of_the_list_of_paths(seed: int, frames: int, words: list[int]) -> None:
     rng = np.random.default_rng(seed)
     lattice = random_lattice(rng, frames)
-    if lattice is None:
-        return
+    assume(lattice is not None)
+    assert lattice is not None
     scores = rng.normal(size=(frames, 4))
     scores[rng.integers(frames), rng.integers(4)] = -np.inf
     said = {path: tuple(step[1] for step in path[0] if step[1]) for path in lattice_paths(lattice)}

@@ -236,6 +236,7 @@ def test_a_criterion_has_its_options() -> None:
         ({"kind": "mpe", "one_silence_class": False}, "only where frames are counted"),
         ({"kind": "mmi", "one_silence_class": False}, "kind is mmi"),
         ({"sharpness": 0.0}, "sharpness=0.0: must be positive"),
+        ({"smoothing": 1.0}, "smoothing=1.0: nothing would be left of smbr"),
     ],
 )
 def test_a_criterion_that_cannot_be_is_refused(options: dict[str, Any], problem: str) -> None:
