@@ -504,14 +504,14 @@ def test_another_rate_and_too_short_for_its_words(call: Call, corpus: Path) -> N
     edit(corpus / "train" / "text", lambda text: re.sub("u08 .*", "u08 LOW LOW LOW HIGH", text))
     status, printed, errors = call(*train(corpus, "sequence.nghf=none", "sequence.sgd.epochs=1"))
     assert status == 0
-    assert "train: resampled 1 of 24 utterances to 8000 Hz: 1 from 16000 Hz" in errors
+    assert "train: of 24 utterances, resampled from 16000 to 8000 Hz: 1 (u07)" in errors
     sentence = "left out utterances too short for their words: 1 (u08: 13 frames, at least 24)"
     assert sentence in errors
     assert sentence in (corpus.parent / "exp" / "tones" / "log").read_text()
     assert len(re.findall(r"%WER \S+ \[ \d+ / \d+, .*\] (?:adamw|smbr_sgd) (?:dev|test)", printed)) == 4
     assert "report: " in printed
     reason = "13 frames, its words take at least 24"
-    assert f"train: left out 1 of 24 utterances: 1 (u08: {reason})" in errors
+    assert f"train: of 24 utterances, left out 1 (u08: {reason})" in errors
     short = {"utterances left out": 1, "left out: too short for its words": 1}
     assert counted(corpus, "sequence", "train").items() >= ({"utterances": 23} | short).items()
     assert counted(corpus, "alignment", "train").items() >= ({"utterances aligned": 23} | short).items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from jaxtyping import Float32
 
 from quadric.speech.corpus import Audio
 
+_UNKNOWN = 0x7FFFF000
 _OVERSHOOT = 0.5  # seconds that a segment may end after its recording, as in Kaldi's extract-segments
 
 
@@ -35,6 +37,8 @@ def check_audio(audio: Audio) -> None:
     if audio.path is not None:
         with _opened(audio.path) as file:
             _part(file, audio)
+            if audio.end is None:
+                _check_whole(file)
 
 
 def read_audio(audio: Audio, rate: int) -> Sound:
@@ -52,6 +56,8 @@ def read_audio(audio: Audio, rate: int) -> Sound:
         except (soundfile.LibsndfileError, OSError) as error:
             raise UnreadableAudio(f"cannot be decoded: {error}") from error
         source_rate, channels = file.samplerate, file.channels
+        if audio.end is None:
+            _check_whole(file)
     if count > 0 and len(samples) < count:
         raise UnreadableAudio(f"is cut short: {len(samples)} of {count} samples could be read")
     if not np.isfinite(samples).all():
@@ -69,6 +75,16 @@ def _opened(source: Path | io.BytesIO) -> soundfile.SoundFile:
         return soundfile.SoundFile(source)
     except (soundfile.LibsndfileError, TypeError, OSError) as error:
         raise UnreadableAudio(f"is not audio: {error}") from error
+
+
+def _check_whole(file: soundfile.SoundFile) -> None:
+    """Refuses a WAV file with less data than its header says, which libsndfile reads to its end and tells in its log.
+
+    A program that writes to a pipe cannot know how much will come, and says about 2 GiB or more.
+    """
+    told = re.search(r"^data : (\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE)
+    if told and int(told[2]) < int(told[1]) < _UNKNOWN:
+        raise UnreadableAudio(f"is cut short: {told[2]} of {told[1]} bytes of sound are there")
 
 
 def _output(command: str) -> io.BytesIO:

@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import os
-from collections import Counter
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -268,11 +267,12 @@ def _bad_headers(audios: Mapping[str, Audio], ids: Iterable[str]) -> dict[str, s
 
 
 def _warn(corpus: str, sources: Sequence[_Extracted], rate: int) -> None:
-    rates = Counter(s.source_rate for s in sources if s.source_rate not in (0, rate))
-    if rates:
-        listed = ", ".join(f"{count} from {hertz} Hz" for hertz, count in sorted(rates.items()))
-        total = sum(rates.values())
-        logger.warning("%s: resampled %d of %d utterances to %d Hz: %s", corpus, total, len(sources), rate, listed)
+    others = [s for s in sources if s.source_rate not in (0, rate)]
+    for hertz in sorted({s.source_rate for s in others}):
+        ids = [s.id for s in others if s.source_rate == hertz]
+        logger.warning(
+            "%s: of %d utterances, resampled from %d to %d Hz: %s", corpus, len(sources), hertz, rate, few(ids)
+        )
     several = [s.id for s in sources if s.channels > 1]
     if several:
         logger.warning("%s: only the first channel is used of %s", corpus, few(several))

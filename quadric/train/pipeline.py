@@ -126,7 +126,7 @@ def _train_sequences(
             model.load_state_dict(system.model.state_dict())
             method, folder = options.methods[training], folders[training]
             fit(job, training, method, model, loss, data, folder, progress, communicator, chunk=None)
-            communicator.first(f"ending {training}", partial(_write_json, folder / _FACTS, facts))
+            communicator.first(f"ending {training}", partial(_ended, folder, facts, sets))
     for training, folder in folders.items():
         tested = partial(_tested, job, work / training, prepared, units, folder, progress)
         communicator.first(f"decoding by {training}", tested)
@@ -137,6 +137,16 @@ def _train_sequences(
 
 _FACTS = "sets.json"
 """In the folder of a finished sequence training: what its sets were."""
+
+
+def _ended(folder: Path, facts: Mapping[str, object], sets: Mapping[Split, SequenceSet]) -> None:
+    """Writes who was left out and why, a line each, and then the facts, which say that the training is done."""
+    lines = [
+        f"{split} {id} {reason.why}\n" for split, found in sets.items() for id, reason in sorted(found.left_out.items())
+    ]
+    with new_file(folder / "left_out") as temporary:
+        temporary.write_text("".join(lines), encoding="utf-8")
+    _write_json(folder / _FACTS, facts)
 
 
 def _write_json(file: Path, value: object) -> None:

@@ -180,7 +180,7 @@ def targets(
     if added:
         logger.info("%s: %d references were not in their lattices, and were added", split, added)
     if left_out:
-        logger.warning("%s: left out %d of %d utterances: %s", split, len(left_out), total, listed(left_out))
+        logger.warning("%s: of %d utterances, left out %s", split, total, listed(left_out))
     made = competition.lattices
     return SequenceSet(wanted, added, left_out, made.arcs / made.frames)
 

@@ -22,7 +22,7 @@ soundfile = pytest.importorskip("soundfile")
 pytest.importorskip("kaldi_native_fbank")
 pytest.importorskip("soxr")
 
-from quadric.speech.audio import UnreadableAudio, read_audio  # noqa: E402
+from quadric.speech.audio import UnreadableAudio, check_audio, read_audio  # noqa: E402
 from quadric.speech.corpus import Audio, Corpus, Utterance, perturb_speed, read_data_dir, write_data_dir  # noqa: E402
 from quadric.speech.features import (  # noqa: E402
     BadAudio,
@@ -210,6 +210,24 @@ def test_bad_audio_is_listed_at_once_or_left_out(tmp_path: Path, caplog: pytest.
         extract(corpus.subset(names[1:]), FBANK, tmp_path / "c", jobs=1, on_bad_audio="drop")
 
 
+def test_a_wav_file_that_was_cut_is_not_taken_as_whole(tmp_path: Path) -> None:
+    path = tmp_path / "x.wav"
+    soundfile.write(path, tone(0.5, 8000), 8000, subtype="PCM_16")
+    whole = path.read_bytes()
+    for length in (len(whole) // 2, len(whole) - 2):
+        path.write_bytes(whole[:length])
+        for read in (check_audio, lambda audio: read_audio(audio, 8000)):
+            with pytest.raises(UnreadableAudio, match=f"cut short: {length - 44} of 8000 bytes of sound"):
+                read(Audio(path=path))
+    # As written to a pipe: its length was not known; and with more behind the sound.
+    at = whole.index(b"data") + 4
+    for told in (b"\xff\xff\xff\xff", (0x7FFFF000).to_bytes(4, "little")):
+        path.write_bytes(whole[:at] + told + whole[at + 4 :])
+        assert len(read_audio(Audio(path=path), 8000).samples) == 4000
+    path.write_bytes(whole + b"LIST\x04\0\0\0INFO")
+    assert len(read_audio(Audio(path=path), 8000).samples) == 4000
+
+
 def test_a_reason_that_is_gone_is_forgotten(tmp_path: Path) -> None:
     """Of a command, whose output is not in the name of the cache."""
     soundfile.write(tmp_path / "x.wav", tone(0.5, 8000), 8000)
@@ -233,7 +251,8 @@ def test_one_warning_for_rates_channels_and_zeros(tmp_path: Path, caplog: pytest
     corpus = Corpus("mixed", tuple(Utterance(p.stem, "s", (), Audio(path=p)) for p in paths))
     features = extract(corpus, Fbank(), tmp_path / "cache", jobs=1)
     assert [record.getMessage() for record in caplog.records] == [
-        "mixed: resampled 3 of 5 utterances to 16000 Hz: 2 from 8000 Hz, 1 from 11025 Hz",
+        "mixed: of 5 utterances, resampled from 8000 to 16000 Hz: 2 (a, b)",
+        "mixed: of 5 utterances, resampled from 11025 to 16000 Hz: 1 (c)",
         "mixed: only the first channel is used of 1 (a)",
         "mixed: all samples are zero in 1 (e)",
     ]

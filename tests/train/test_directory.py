@@ -168,7 +168,7 @@ def test_audio_of_another_rate_is_resampled(system: Path, data: Path, tmp_path: 
     soundfile.write(path, np.repeat(samples, 2), 2 * rate)
     status, printed, errors = call("align", system, data, "--out", tmp_path / "second")
     assert status == 0 and printed.startswith("aligned 5 of 5")
-    assert f"resampled 1 of 5 utterances to {rate} Hz: 1 from {2 * rate} Hz" in errors
+    assert f"of 5 utterances, resampled from {2 * rate} to {rate} Hz: 1 ({path.stem})" in errors
     first, second = (read_ctm(tmp_path / name / "words.ctm")[path.stem] for name in ("first", "second"))
     assert [t.start for t in first] == pytest.approx([t.start for t in second], abs=0.05)
 

@@ -492,7 +492,8 @@ def test_a_sequence_training_is_given_all_it_is_told(
         return Scoring(first)
 
     def aimed(competition: str, *_: Any, **__: Any) -> SequenceSet:
-        return SequenceSet({competition: None}, 1, {}, 2.5)  # type: ignore[dict-item]
+        left_out = {"u9": LeftOut("no lattice", f"no path for {competition}")}
+        return SequenceSet({competition: None}, 1, left_out, 2.5)  # type: ignore[dict-item]
 
     results = {"compete": lambda *_, **__: {"train": "T", "dev": "D"}, "targets": aimed, "fit": lambda *_, **__: None}
     monkeypatch.setattr(pipeline, "System", type("Loading", (), {"load": staticmethod(load)}))
@@ -521,6 +522,7 @@ def test_a_sequence_training_is_given_all_it_is_told(
             assert torch.equal(made["model"].state_dict()[key], value), key
         assert {part.p for part in made["model"].modules() if isinstance(part, nn.Dropout)} == {0.15}
         assert made["folder"].name.startswith(made["name"] + "-")
+        assert (made["folder"] / "left_out").read_text() == "train u9 no path for T\ndev u9 no path for D\n"
     again = pipeline._train_sequences(chosen, chosen.sequence, tmp_path, ready, units, Stages(tmp_path), silent, Solo())
     assert again == facts
     assert [len(calls) for calls in rooms.values()] == [1, 2, 2], "what is finished needs no lattices"
