@@ -132,18 +132,7 @@ class Generator:
     def _lattice(self, trellis: _Trellis) -> Lattice:
         order, source, target, frames, last = _numbered(trellis.kept, trellis.counts, len(trellis.state))
         arc = self._entering.order[trellis.kept[order, 0]]
-        graph = self.graph
-        return Lattice(
-            source=source,
-            target=target,
-            pdf=graph.automaton.pdf[arc],
-            weight=graph.automaton.weight[arc].astype(np.float32),
-            word=graph.word[arc],
-            phone=graph.phone[arc],
-            begins=graph.begins[arc],
-            frames=frames,
-            final=graph.automaton.final[trellis.state[last]],
-        )
+        return self.graph.lattice(arc, source, target, frames, trellis.state[last])
 
 
 class _Entering(NamedTuple):

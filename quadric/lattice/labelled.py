@@ -8,11 +8,12 @@ from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool, Int32, Int64
 
 from quadric.files import new_file
 from quadric.lattice.arrays import check_types
 from quadric.lattice.automaton import Automaton
+from quadric.lattice.lattice import Lattice
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +62,33 @@ class LabelledAutomaton:
     def num_pdfs(self) -> int:
         """The fewest columns a matrix of scores may have: the largest pdf plus one."""
         return self.automaton.num_pdfs
+
+    def lattice(
+        self,
+        arc: Int32[np.ndarray, " A"],
+        source: Int32[np.ndarray, " A"],
+        target: Int32[np.ndarray, " A"],
+        frames: Int64[np.ndarray, " T+1"],
+        last: Int32[np.ndarray, " F"],
+    ) -> Lattice:
+        """The lattice of arcs ``arc`` of this graph.
+
+        Args:
+            source, target: the states of the lattice that each of them leads from and to.
+            frames: where the arcs of each frame begin.
+            last: for every last state of the lattice, its state of the graph.
+        """
+        return Lattice(
+            source=source,
+            target=target,
+            pdf=self.automaton.pdf[arc],
+            weight=self.automaton.weight[arc].astype(np.float32),
+            word=self.word[arc],
+            phone=self.phone[arc],
+            begins=self.begins[arc],
+            frames=frames,
+            final=self.automaton.final[last],
+        )
 
     def save(self, path: Path) -> None:
         """Writes the graph as an npz file; the file appears whole or not at all."""

@@ -98,18 +98,9 @@ class KaldiGenerator:
         order = np.lexsort((arcs.label, number[arcs.target], number[arcs.source]))
         source, target, arc = number[arcs.source[order]], number[arcs.target[order]], arcs.label[order]
         frame = time[used][source]
-        graph, last = self.graph, used[time[used] == time[used[-1]]]
-        return Lattice(
-            source=source,
-            target=target,
-            pdf=graph.automaton.pdf[arc],
-            weight=graph.automaton.weight[arc].astype(np.float32),
-            word=graph.word[arc],
-            phone=graph.phone[arc],
-            begins=graph.begins[arc],
-            frames=np.searchsorted(frame, np.arange(frame[-1] + 2)).astype(np.int64),
-            final=graph.automaton.final[state[last]],
-        )
+        last = used[time[used] == time[used[-1]]]
+        frames = np.searchsorted(frame, np.arange(frame[-1] + 2)).astype(np.int64)
+        return self.graph.lattice(arc, source, target, frames, state[last])
 
 
 def _transducer(graph: LabelledAutomaton) -> kaldifst.StdVectorFst:

@@ -30,7 +30,7 @@ from quadric.speech.lattices import Lattices, make_lattices
 from quadric.speech.lexicon import Lexicon
 from quadric.speech.transitions import TransitionModel
 from quadric.train.decode import check_output
-from quadric.train.left_out import LeftOut, listed, not_aligned, unknown_words, unread
+from quadric.train.left_out import LeftOut, lines, listed, not_aligned, unknown_words, unread
 from quadric.train.prepare import Features, make_features
 from quadric.train.sources import material
 from quadric.train.stages import alone_in, digest
@@ -162,13 +162,13 @@ def lattice_directory(
         left_out = scored.left_out | {id: LeftOut("no lattice", why) for id, why in made.skipped.items()}
         _refuse_none(made, corpus, left_out)
         density = made.arcs / made.frames
-        lines = [
+        told = [
             f"lattices of {len(made)} of {_count(corpus)} utterances, {density:.1f} arcs a frame{_told(out, left_out)}"
         ]
-        lines += _oracle(made, scored.corpus, system.lexicon, progress)
+        told += _oracle(made, scored.corpus, system.lexicon, progress)
         if archive != "none":
             _write_archive(out, made, system, scored.features, archive)
-        return tuple(lines)
+        return tuple(told)
 
 
 def _write_archive(
@@ -221,7 +221,6 @@ def _refuse_none(found: Mapping[str, object], corpus: Corpus, left_out: Mapping[
 
 def _told(out: Path, left_out: Mapping[str, LeftOut]) -> str:
     """Writes who was left out, each on a line; returns what to say about it."""
-    lines = [f"{id} {' '.join(reason.why.split())}\n" for id, reason in sorted(left_out.items())]
     with new_file(out / "left_out") as temporary:
-        temporary.write_text("".join(lines), encoding="utf-8")
+        temporary.write_text(lines(left_out), encoding="utf-8")
     return f", {len(left_out)} left out ({out / 'left_out'})" if left_out else ""

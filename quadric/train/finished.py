@@ -20,7 +20,7 @@ from quadric.speech.corpus import Corpus
 from quadric.speech.scoring import Errors, Score
 from quadric.train import checkpoint
 from quadric.train.flat_start import Aligned, Targets
-from quadric.train.left_out import LeftOut, counts, too_short
+from quadric.train.left_out import LeftOut, counts, too_short, unaligned
 from quadric.train.metrics import MetricsLog
 from quadric.train.prepare import Prepared
 from quadric.train.report import Environment, Report, Run, Sweep, write_report
@@ -130,7 +130,7 @@ def describe(aligned: Aligned, prepared: Prepared) -> dict[str, object]:
 
 
 def _not_aligned(frames: int, least: int) -> LeftOut:
-    return too_short(frames, least) if frames < least else LeftOut("not aligned with its words", "")
+    return too_short(frames, least) if frames < least else unaligned("")
 
 
 def environment(seed: int) -> Environment:

@@ -33,6 +33,15 @@ def listed(left_out: Mapping[str, LeftOut]) -> str:
     return few([f"{id}: {reason.why}" for id, reason in left_out.items()])
 
 
+def lines(left_out: Mapping[str, LeftOut], prefix: str = "") -> str:
+    """A line for each, in the order of their ids: ``prefix``, id and what is wrong.
+
+    >>> lines({"b": LeftOut("short", "2 frames"), "a": LeftOut("no lattice", "no\\npath")}, "dev ")
+    'dev a no path\\ndev b 2 frames\\n'
+    """
+    return "".join(f"{prefix}{id} {' '.join(reason.why.split())}\n" for id, reason in sorted(left_out.items()))
+
+
 def unread(corpus: Corpus) -> dict[str, LeftOut]:
     """What was not taken up when the corpus was read."""
     return {id: LeftOut(why, why) for id, why in corpus.left_out.items()}
@@ -51,7 +60,12 @@ def unknown_words(words: Iterable[str]) -> LeftOut:
 def not_aligned(found: Alignments) -> dict[str, LeftOut]:
     """What has no forced alignment."""
     short = {id: too_short(frames, least) for id, frames, least in found.too_short}
-    return short | {id: LeftOut("not aligned with its words", why) for id, why in found.failed.items()}
+    return short | {id: unaligned(why) for id, why in found.failed.items()}
+
+
+def unaligned(why: str) -> LeftOut:
+    """What has frames enough, and yet no forced alignment."""
+    return LeftOut("not aligned with its words", why)
 
 
 def too_short(frames: int, least: int) -> LeftOut:

@@ -20,6 +20,7 @@ from quadric.train.criterion import SequenceTraining
 from quadric.train.decode import write_decoded
 from quadric.train.finished import describe, describe_data, environment, report, scores
 from quadric.train.flat_start import Aligned, flat_start
+from quadric.train.left_out import lines
 from quadric.train.prepare import Prepared, prepare
 from quadric.train.recipe import Job
 from quadric.train.sequence import SequenceSet, compete, targets
@@ -141,11 +142,9 @@ _FACTS = "sets.json"
 
 def _ended(folder: Path, facts: Mapping[str, object], sets: Mapping[Split, SequenceSet]) -> None:
     """Writes who was left out and why, a line each, and then the facts, which say that the training is done."""
-    lines = [
-        f"{split} {id} {reason.why}\n" for split, found in sets.items() for id, reason in sorted(found.left_out.items())
-    ]
     with new_file(folder / "left_out") as temporary:
-        temporary.write_text("".join(lines), encoding="utf-8")
+        told = (lines(found.left_out, f"{split} ") for split, found in sets.items())
+        temporary.write_text("".join(told), encoding="utf-8")
     _write_json(folder / _FACTS, facts)
 
 

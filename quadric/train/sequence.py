@@ -12,7 +12,6 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ from quadric.speech.graph import decoding_graph, to_labelled
 from quadric.speech.language_model import NGram
 from quadric.speech.lattices import Lattices, make_lattices
 from quadric.speech.topology import Tying, phone_segments
-from quadric.train.criterion import Competitors
+from quadric.train.criterion import Competitors, Missing
 from quadric.train.left_out import LeftOut, counts, listed, not_aligned
 from quadric.train.prepare import Prepared
 from quadric.train.sources import Split
@@ -138,7 +137,7 @@ def compete(
 def targets(
     competition: Competition,
     loss: SequenceLoss,
-    missing: Literal["add", "skip"],
+    missing: Missing,
     progress: Progress,
     split: Split,
     *,

@@ -4,9 +4,8 @@ import math
 import os
 import subprocess
 import sys
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +18,8 @@ pytest.importorskip("numba", reason="needs the lattice extra")
 from quadric.lattice.automaton import Automaton
 from quadric.lattice.generate import Generator, LatticeOptions, NoPath
 from quadric.lattice.labelled import LabelledAutomaton
-from quadric.lattice.lattice import Lattice
 from quadric.lattice.words import best_words
-from reference.searches import beam_search, graph_paths, lattice_paths, random_graph, score, step
+from reference.searches import beam_search, graph_paths, lattice_paths, random_graph, same, score, steps
 
 WIDE = LatticeOptions(beam=1e4, lattice_beam=1e4, max_active=10**6)
 
@@ -30,14 +28,6 @@ def random_case(seed: int, frames: int, **sizes: int) -> tuple[LabelledAutomaton
     rng = np.random.default_rng(seed)
     graph = random_graph(rng, **sizes)
     return graph, rng.normal(scale=2.0, size=(frames, 4)).astype(np.float32)
-
-
-def steps(lattice: Lattice) -> Counter:
-    return Counter((int(lattice.frame[a]), step(lattice, a)) for a in range(lattice.num_arcs))
-
-
-def same(one: Lattice, other: Lattice) -> bool:
-    return all(np.array_equal(getattr(one, field.name), getattr(other, field.name)) for field in fields(Lattice))
 
 
 @given(seed=st.integers(0, 2**32 - 1), frames=st.integers(1, 5), lattice_beam=st.sampled_from([0.5, 3.0, 50.0]))

@@ -4,15 +4,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 pytest.importorskip("numba", reason="needs the lattice extra")
 
-from quadric.lattice.generate import Generator, LatticeOptions, NoPath
+from quadric.lattice.generate import LatticeOptions
 from quadric.lattice.lattice import Lattice, StatePath
 from quadric.lattice.paths import best_weight_of_phones, contains, path_weight, weight_in, with_path
-from reference.searches import graph_paths, lattice_paths, random_graph
+from reference.searches import graph_paths, lattice_paths, random_graph, searched_lattice
 
 WIDE = LatticeOptions(beam=1e4, lattice_beam=2.0, max_active=10**6)
 
@@ -20,13 +20,6 @@ WIDE = LatticeOptions(beam=1e4, lattice_beam=2.0, max_active=10**6)
 def state_path(steps: list[tuple[int, int, bool]], weight: float = -1.5) -> StatePath:
     pdf, phone, begins = zip(*steps, strict=True)
     return StatePath(np.array(pdf, np.int32), np.array(phone, np.int32), np.array([True, *begins[1:]]), weight)
-
-
-def random_lattice(rng: np.random.Generator, frames: int) -> Lattice | None:
-    try:
-        return Generator(random_graph(rng, arcs=16), WIDE)(rng.normal(size=(frames, 4)))
-    except NoPath:
-        return None
 
 
 @given(seed=st.integers(0, 2**32 - 1), frames=st.integers(1, 5))
@@ -44,9 +37,7 @@ def test_the_weight_of_pdfs_sums_their_paths(seed: int, frames: int) -> None:
 @given(seed=st.integers(0, 2**32 - 1), frames=st.integers(1, 5))
 def test_a_lattice_holds_its_paths_and_takes_others(seed: int, frames: int) -> None:
     rng = np.random.default_rng(seed)
-    lattice = random_lattice(rng, frames)
-    assume(lattice is not None)
-    assert lattice is not None
+    lattice = searched_lattice(rng, frames, WIDE)
     paths = list(lattice_paths(lattice))
     own = {tuple((pdf, phone, begins) for pdf, _, phone, begins, _ in steps) for steps, _ in paths}
     some = list(next(iter(own)))
@@ -71,9 +62,7 @@ def test_a_lattice_holds_its_paths_and_takes_others(seed: int, frames: int) -> N
 @given(seed=st.integers(0, 2**32 - 1), frames=st.integers(1, 6))
 def test_a_lattice_weighs_a_path_and_its_phones(seed: int, frames: int) -> None:
     rng = np.random.default_rng(seed)
-    lattice = random_lattice(rng, frames)
-    assume(lattice is not None)
-    assert lattice is not None
+    lattice = searched_lattice(rng, frames, WIDE)
     # A path of a random graph may go on with a phone that did not begin: it is no way to say phones.
     says: dict[tuple, float] = {}
     phones: dict[tuple, float] = {}
@@ -124,8 +113,8 @@ def test_the_weight_of_phones_is_that_of_the_best_alignment_of_them_all() -> Non
 
 
 def test_misuse() -> None:
-    rng = np.random.default_rng(2)
-    lattice = next(lattice for _ in range(99) if (lattice := random_lattice(rng, 3)) is not None)
+    rng = np.random.default_rng(1)
+    lattice = searched_lattice(rng, 3, WIDE)
     path = state_path([(9, 9, True)] * 3)
     for long in (2, 4):
         with pytest.raises(ValueError, match=f"path has {long} frames, the lattice 3"):

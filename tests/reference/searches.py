@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import fields
 
 import numpy as np
+from hypothesis import reject
 
 from quadric.lattice.automaton import Automaton
+from quadric.lattice.generate import Generator, LatticeOptions, NoPath
 from quadric.lattice.labelled import LabelledAutomaton
 from quadric.lattice.lattice import Lattice
 
@@ -106,3 +109,21 @@ def beam_search(
                     on_path |= {(t, source), (t + 1, target)}
         beta = before
     return kept, len(on_path)
+
+
+def steps(lattice: Lattice) -> Counter:
+    """What its arcs say, by frame."""
+    return Counter((int(lattice.frame[a]), step(lattice, a)) for a in range(lattice.num_arcs))
+
+
+def same(one: Lattice, other: Lattice) -> bool:
+    """To the bit."""
+    return all(np.array_equal(getattr(one, field.name), getattr(other, field.name)) for field in fields(Lattice))
+
+
+def searched_lattice(rng: np.random.Generator, frames: int, options: LatticeOptions) -> Lattice:
+    """Of a random graph; a hypothesis without a path is another one's."""
+    try:
+        return Generator(random_graph(rng, arcs=16), options)(rng.normal(size=(frames, 4)))
+    except NoPath:
+        reject()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 
+from quadric.speech.graph import decoding_graph, to_labelled
+from quadric.speech.language_model import NGram
 from quadric.speech.lexicon import Lexicon
 from quadric.speech.topology import STATES, Tying, monophone
 
@@ -37,3 +41,10 @@ def triphone(phones: tuple[str, ...], seed: int = 0) -> Tying:
 
 
 TYINGS = {"mono": monophone(LEXICON.phones), "tri": triphone(LEXICON.phones)}
+
+
+def toy_graphs(folder: Path, context: str, order: int, text: Sequence[Sequence[str]]):  # type: ignore[no-untyped-def]
+    """The decoding graph with an n-gram of ``text``: as a transducer, and without its epsilons."""
+    NGram.estimate(text, LEXICON.words, order).write_arpa(folder / "lm.arpa")
+    fst = decoding_graph(LEXICON, folder / "lm.arpa", TYINGS[context], silence_probability=0.3, self_loop=0.6)
+    return fst, to_labelled(fst, TYINGS[context])

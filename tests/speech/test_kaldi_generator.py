@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +19,11 @@ from quadric.lattice.automaton import Automaton
 from quadric.lattice.expectation import path_sums
 from quadric.lattice.generate import Generator, LatticeOptions, NoPath
 from quadric.lattice.labelled import LabelledAutomaton
-from quadric.lattice.lattice import Lattice
 from quadric.lattice.words import best_words
-from quadric.speech.graph import decoding_graph, to_labelled
 from quadric.speech.kaldi_generator import KaldiGenerator
-from quadric.speech.language_model import NGram
 from quadric.speech.lattices import Lattices, make_lattices
-from reference.searches import lattice_paths, random_graph, step
-from reference.toy_language import LEXICON, TYINGS
+from reference.searches import lattice_paths, random_graph, same, steps
+from reference.toy_language import TYINGS, toy_graphs
 from reference.wheel import as_transducer, sums, wheel_decoder, wheel_lattice
 
 pytestmark = pytest.mark.speech
@@ -37,29 +33,14 @@ WIDE = LatticeOptions(beam=1e3, lattice_beam=1e3, max_active=10**6)
 USUAL = LatticeOptions(14.0, 6.0)
 
 
-def toy(folder: Path, context: str, order: int):  # type: ignore[no-untyped-def]
-    """The decoding graph of the toy language, with its epsilons and without."""
-    NGram.estimate(TEXT, LEXICON.words, order).write_arpa(folder / "lm.arpa")
-    fst = decoding_graph(LEXICON, folder / "lm.arpa", TYINGS[context], silence_probability=0.3, self_loop=0.6)
-    return fst, to_labelled(fst, TYINGS[context])
-
-
 @pytest.fixture(scope="module")
 def graph(tmp_path_factory: pytest.TempPathFactory) -> LabelledAutomaton:
-    return toy(tmp_path_factory.mktemp("toy"), "tri", 2)[1]
+    return toy_graphs(tmp_path_factory.mktemp("toy"), "tri", 2, TEXT)[1]
 
 
 def random_scores(context: str, *lengths: int) -> dict[str, np.ndarray]:
     rng, pdfs = np.random.default_rng(0), TYINGS[context].num_pdfs
     return {f"u{i}": rng.normal(scale=1.5, size=(frames, pdfs)).astype(np.float32) for i, frames in enumerate(lengths)}
-
-
-def steps(lattice: Lattice) -> Counter:
-    return Counter((int(lattice.frame[a]), step(lattice, a)) for a in range(lattice.num_arcs))
-
-
-def same(one: Lattice, other: Lattice) -> bool:
-    return all(np.array_equal(getattr(one, field.name), getattr(other, field.name)) for field in fields(Lattice))
 
 
 @given(seed=st.integers(0, 2**32 - 1), frames=st.integers(1, 6), lattice_beam=st.sampled_from([0.5, 3.0, 50.0]))
@@ -86,7 +67,7 @@ def test_on_any_graph_the_paths_within_the_lattice_beam(seed: int, frames: int, 
 @pytest.mark.parametrize("context", ["mono", "tri"])
 def test_all_paths_of_a_language(tmp_path: Path, context: str, order: int) -> None:
     """Beams that cut nothing: what one lattice holds the other holds, and no path is counted twice."""
-    _, graph = toy(tmp_path, context, order)
+    _, graph = toy_graphs(tmp_path, context, order, TEXT)
     for scores in random_scores(context, 3, 7, 15).values():
         own, found = Generator(graph, WIDE)(scores), KaldiGenerator(graph, WIDE)(scores)
         assert steps(own) == steps(found) and own.num_states == found.num_states
@@ -95,7 +76,7 @@ def test_all_paths_of_a_language(tmp_path: Path, context: str, order: int) -> No
 
 @pytest.mark.parametrize("context", ["mono", "tri"])
 def test_narrow_beams_differ_at_the_edges(tmp_path: Path, context: str) -> None:
-    _, graph = toy(tmp_path, context, 2)
+    _, graph = toy_graphs(tmp_path, context, 2, TEXT)
     options = LatticeOptions(8.0, 6.0)
     for scores in random_scores(context, 40, 90).values():
         ours, found = Generator(graph, options)(scores), KaldiGenerator(graph, options)(scores)
@@ -108,7 +89,7 @@ def test_narrow_beams_differ_at_the_edges(tmp_path: Path, context: str) -> None:
 @pytest.mark.parametrize("context", ["mono", "tri"])
 def test_beams_leave_nearly_the_same(tmp_path: Path, context: str, order: int) -> None:
     """Also beside the same decoder on the graph with its epsilons, whose paths a unigram does not have side by side."""
-    fst, graph = toy(tmp_path, context, order)
+    fst, graph = toy_graphs(tmp_path, context, order, TEXT)
     own, other = Generator(graph, USUAL), KaldiGenerator(graph, USUAL)
     wheel = wheel_decoder(fst, USUAL.beam, USUAL.lattice_beam)
     arcs = np.zeros(2)

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +19,15 @@ pytest.importorskip("kaldi_decoder", reason="needs the speech extra")
 
 from quadric.lattice.generate import Generator, LatticeOptions
 from quadric.lattice.labelled import LabelledAutomaton
-from quadric.lattice.lattice import Lattice, StatePath
+from quadric.lattice.lattice import StatePath
 from quadric.lattice.paths import contains, path_weight
 from quadric.lattice.words import best_words, oracle_errors
 from quadric.speech.decoding import DecodeOptions, Decoder
 from quadric.speech.epsilons import epsilons_before, numbered
-from quadric.speech.graph import AlignmentGraphs, decoding_graph, to_labelled, write_graph
-from quadric.speech.language_model import NGram
+from quadric.speech.graph import AlignmentGraphs, write_graph
 from quadric.speech.lattices import Lattices, make_lattices
-from reference.toy_language import LEXICON, TYINGS
+from reference.searches import same
+from reference.toy_language import LEXICON, TYINGS, toy_graphs
 from reference.wheel import as_transducer, sums, wheel_decoder, wheel_lattice
 
 pytestmark = pytest.mark.speech
@@ -36,16 +36,9 @@ TEXT = [("A", "B"), ("AB",), ("BE", "A"), ("A", "B", "A"), ("ABBA",), ("A",), ("
 OPTIONS = LatticeOptions(12.0, 6.0, 300)
 
 
-def toy(folder: Path, context: str, order: int):  # type: ignore[no-untyped-def]
-    """The decoding graph of the toy language, as a transducer and without epsilons."""
-    NGram.estimate(TEXT, LEXICON.words, order).write_arpa(folder / "lm.arpa")
-    fst = decoding_graph(LEXICON, folder / "lm.arpa", TYINGS[context], silence_probability=0.3, self_loop=0.6)
-    return fst, to_labelled(fst, TYINGS[context])
-
-
 @pytest.fixture(scope="module")
 def graph(tmp_path_factory: pytest.TempPathFactory) -> LabelledAutomaton:
-    return toy(tmp_path_factory.mktemp("toy"), "tri", 2)[1]
+    return toy_graphs(tmp_path_factory.mktemp("toy"), "tri", 2, TEXT)[1]
 
 
 def random_scores(count: int, seed: int = 0, longest: int = 60) -> dict[str, np.ndarray]:
@@ -54,15 +47,11 @@ def random_scores(count: int, seed: int = 0, longest: int = 60) -> dict[str, np.
             for i, frames in enumerate(rng.integers(20, longest, size=count))}  # fmt: skip
 
 
-def same(one: Lattice, other: Lattice) -> bool:
-    return all(np.array_equal(getattr(one, field.name), getattr(other, field.name)) for field in fields(Lattice))
-
-
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("context", ["mono", "tri"])
 def test_lattices_are_those_of_another_decoder(tmp_path: Path, context: str, order: int) -> None:
     """Best path, sum and size. With back-off, epsilon paths side by side count together here, and apart there."""
-    fst, graph = toy(tmp_path, context, order)
+    fst, graph = toy_graphs(tmp_path, context, order, TEXT)
     rng, beam, lattice_beam = np.random.default_rng(order), 16.0, 6.0
     wheel = wheel_decoder(fst, beam, lattice_beam)
     generator = Generator(graph, LatticeOptions(beam, lattice_beam, 10**6))
@@ -85,7 +74,7 @@ def test_lattices_are_those_of_another_decoder(tmp_path: Path, context: str, ord
 
 def test_the_best_words_are_those_that_are_recognised(tmp_path: Path) -> None:
     """By the decoder for one-best words, on a unigram: no two epsilon paths are side by side."""
-    fst, graph = toy(tmp_path, "tri", 1)
+    fst, graph = toy_graphs(tmp_path, "tri", 1, TEXT)
     write_graph(fst, tmp_path / "graph.fst")
     scores = random_scores(12)
     generator = Generator(graph, LatticeOptions(20.0, 3.0))
