@@ -1,0 +1,303 @@
+"""The shell of the block-diagonal family: a torch optimiser that steps by the inverse of a curvature of layers.
+
+Mini-block Fisher, KFAC, K-BFGS, Shampoo and TNT differ in the block they give a layer. What they share is here: which
+layers there are, when statistics and inverses are made, momentum, weight decay, the length of a step, and the treaty
+with torch.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quadric.optim.blocks import Block, Seen, statistics_type
+from quadric.optim.layers import Gradient, Layer, find_layers
+from quadric.optim.length import Length, UnitEntries
+from quadric.options import check_whole
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Which block a layer has got, and why.
+
+    Attributes:
+        parameters: their names.
+        block: the kind of the block.
+        matrices: how many of what size.
+        why: what the layer is.
+        bytes: of statistics and inverses.
+    """
+
+    parameters: tuple[str, ...]
+    block: str
+    matrices: str
+    why: str
+    bytes: int
+
+    def __str__(self) -> str:
+        return f"{', '.join(self.parameters)}: {self.block}, {self.matrices} ({self.why})"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When statistics and inverses are made.
+
+    Attributes:
+        statistics: every so many steps (the papers' T1).
+        inverses: every so many steps (T2); before that many, after 1, 2, 4, ... steps as well.
+        decay: of the moving average of the statistics; as long as they are few, all count the same.
+    """
+
+    statistics: int = 1
+    inverses: int = 20
+    decay: float = 0.9
+
+    def __post_init__(self) -> None:
+        check_whole(statistics=self.statistics, inverses=self.inverses)
+        for name in ("statistics", "inverses"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: give a number of steps, 1 at least")
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"decay={self.decay}: must be at least 0 and less than 1; the papers have 0.9")
+
+    def refreshes(self, step: int) -> bool:
+        """Whether inverses are made in step number ``step``, from 0."""
+        return step % self.inverses == 0 or (step < self.inverses and step & (step - 1) == 0)
+
+    def share(self, observed: int) -> float:
+        """Of the newest statistics in the average, after ``observed`` others."""
+        return max(1 - self.decay, 1 / (observed + 1))
+
+
+class BlockDiagonal(torch.optim.Optimizer):
+    """An optimiser whose steps are those of heavy-ball momentum, times the inverse of a block for each layer.
+
+    m <- momentum m + g, and then theta <- (1 - lr weight_decay) theta - lr c P m, with c of the rule of lengths. Used
+    like any first-order optimiser of torch: after ``backward()``, or with a closure.
+
+    Where the gradient is not finite the step is skipped and counted, in the first group's ``skipped``.
+
+    Args:
+        model: whose layers these are.
+        block: gives a layer its block.
+        params: parameters or groups of ``model``; None: all that are trainable.
+        lr, momentum, weight_decay: defaults of the groups.
+        damping: added to a block's diagonal, as a share of its layer's mean curvature; kept in the first group.
+        schedule: when statistics and inverses are made.
+        length: of the steps.
+        patience: steps skipped in a row after which there is an error.
+
+    Attributes:
+        coverage: which block each parameter has got, and why.
+
+    Raises:
+        ValueError: an option out of range; a parameter that is not the model's, or complex, or sharded.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        block: Callable[[Layer], Block],
+        params: Iterable[Any] | None = None,
+        *,
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        damping: float = 0.03,
+        schedule: Schedule = Schedule(),
+        length: Length = UnitEntries(),
+        patience: int = 10,
+    ) -> None:
+        _check_rates(lr=lr, momentum=momentum, weight_decay=weight_decay)
+        if not 0 < damping < math.inf:
+            raise ValueError(f"damping={damping}: must be positive: statistics of few steps have no inverse without it")
+        self.model, self.block, self.schedule, self.length, self.patience = model, block, schedule, length, patience
+        self._blocks: list[Block] = []
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__([p for p in model.parameters() if p.requires_grad] if params is None else params, defaults)
+        self.param_groups[0].update(damping=damping, step=0, observed=0, skipped=0, skipped_in_a_row=0)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy needs: the parts beside what torch keeps."""
+        names = ("model", "block", "schedule", "length", "patience", "_blocks")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        params = [p for group in self.param_groups for p in group["params"]]
+        for p in params:
+            _check_parameter(p, names.get(id(p)), self.model)
+        known = {id(block.layer.weight): block for block in self._blocks}
+        layers = find_layers(self.model, params)
+        self._blocks = [known.get(id(layer.weight)) or self.block(layer) for layer in layers]
+
+    @property
+    def coverage(self) -> tuple[Coverage, ...]:
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        return tuple(
+            Coverage(
+                tuple(names[id(p)] for p in block.layer.parameters),
+                type(block).__name__,
+                block.shape,
+                f"{type(block.layer.module).__name__}: {block.layer.kind.value}",
+                block.elements * statistics_type(block.layer.weight).itemsize,
+            )
+            for block in self._blocks
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; returns what the closure does.
+
+        Raises:
+            ValueError: no parameter has a gradient, or one is sparse.
+            FloatingPointError: too many steps in a row had a gradient that is not finite.
+        """
+        value = None
+        if closure is not None:
+            with torch.enable_grad():
+                value = closure()
+        shown = self._shown()
+        if self._finite(shown):
+            counts = self.param_groups[0]
+            if counts["step"] % self.schedule.statistics == 0:
+                self._observe(shown)
+            if self.schedule.refreshes(counts["step"]):
+                self._refresh()
+            self._move(shown)
+            counts["step"] += 1
+        return value
+
+    @torch.no_grad()
+    def observe(self) -> None:
+        """Takes the present gradients into the statistics, without a step: for a pass over the data before the first.
+
+        For each minibatch: ``optimizer.zero_grad()``, ``backward()``, ``optimizer.observe()``.
+        """
+        shown = self._shown()
+        if self._finite(shown):
+            self._observe(shown)
+
+    def _shown(self) -> list[tuple[Block, Gradient]]:
+        """The blocks of layers that have a gradient."""
+        shown: list[tuple[Block, Gradient]] = []
+        for block in self._blocks:
+            if all(p.grad is None for p in block.layer.parameters):
+                continue
+            gradient = [torch.zeros_like(p) if p.grad is None else p.grad for p in block.layer.parameters]
+            for g in gradient:
+                if g.is_sparse:
+                    raise ValueError(
+                        f"the gradient of {block.layer.name} is sparse: build the embedding with sparse=False, or give "
+                        "it to torch.optim.SparseAdam and leave it out of params"
+                    )
+            shown.append((block, gradient))
+        if not shown:
+            raise ValueError("no parameter has a gradient: call backward() before step(), or give step() a closure")
+        return shown
+
+    def _finite(self, shown: Sequence[tuple[Block, Gradient]]) -> bool:
+        """Whether all gradients are; counts it if not."""
+        counts = self.param_groups[0]
+        norms = torch._foreach_norm([g for _, gradient in shown for g in gradient])
+        if bool(torch.stack([norm.float() for norm in norms]).isfinite().all()):
+            counts["skipped_in_a_row"] = 0
+            return True
+        counts["skipped"] += 1
+        counts["skipped_in_a_row"] += 1
+        bad = [block.layer.name for block, gradient in shown if not all(bool(g.isfinite().all()) for g in gradient)]
+        logger.warning("step skipped: the gradient of %s is not finite", ", ".join(bad[:3]))
+        if counts["skipped_in_a_row"] >= self.patience:
+            raise FloatingPointError(
+                f"the gradient of {', '.join(bad[:3])} was not finite in {self.patience} steps in a row: lower lr, or "
+                "look for NaN and infinity in the parameters and the data; patience sets this number"
+            )
+        return False
+
+    def _observe(self, shown: Sequence[tuple[Block, Gradient]]) -> None:
+        counts = self.param_groups[0]
+        share = self.schedule.share(counts["observed"])
+        for block, gradient in shown:
+            block.observe(self.state[block.layer.weight], Seen(gradient), share)
+        counts["observed"] += 1
+
+    def _refresh(self) -> None:
+        self._check_model()
+        for block in self._blocks:
+            numbers = self.state[block.layer.weight]
+            if len(numbers):
+                block.refresh(numbers, self.param_groups[0]["damping"])
+
+    def _move(self, shown: Sequence[tuple[Block, Gradient]]) -> None:
+        groups = {id(p): group for group in self.param_groups for p in group["params"]}
+        momenta, steps = [], []
+        for block, gradient in shown:
+            pairs = zip(block.layer.parameters, gradient, strict=True)
+            momenta.append([self._push(p, g, groups[id(p)]) for p, g in pairs])
+            steps.append(block.apply(self.state[block.layer.weight], momenta[-1]))
+        factors = self.length.factors(steps, momenta, max(group["lr"] for group in self.param_groups))
+        for (block, _), step, factor in zip(shown, steps, factors, strict=True):
+            for p, d in zip(block.layer.parameters, step, strict=True):
+                group = groups[id(p)]
+                if group["weight_decay"]:
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(d, alpha=-group["lr"] * factor)
+
+    def _push(self, p: nn.Parameter, g: Tensor, group: dict[str, Any]) -> Tensor:
+        """The momentum of a parameter, with its new gradient."""
+        if not group["momentum"]:
+            return g.to(statistics_type(p))
+        state = self.state[p]
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(p, dtype=statistics_type(p), memory_format=torch.contiguous_format)
+        return state["momentum"].mul_(group["momentum"]).add_(g)
+
+    def _check_model(self) -> None:
+        present = {id(p) for p in self.model.parameters()}
+        for block in self._blocks:
+            for p in block.layer.parameters:
+                if id(p) not in present:
+                    raise ValueError(
+                        f"{block.layer.name} is no longer a parameter of the model: build the optimiser anew after "
+                        "changing a model"
+                    )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As every optimiser's, but statistics keep their type: torch would round them to the parameters'."""
+        super().load_state_dict(state_dict)
+        places = [place for group in state_dict["param_groups"] for place in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for place, p in zip(places, params, strict=True):
+            for name, value in state_dict["state"].get(place, {}).items():
+                if isinstance(value, Tensor):
+                    self.state[p][name] = value.detach().to(p.device, copy=True)
+
+
+def _check_rates(**options: float) -> None:
+    for name, value in options.items():
+        if not 0 <= value < (1 if name == "momentum" else math.inf):
+            raise ValueError(f"{name}={value}: must be at least 0" + (" and less than 1" if name == "momentum" else ""))
+
+
+def _check_parameter(p: Tensor, name: str | None, model: nn.Module) -> None:
+    if name is None:
+        raise ValueError(
+            f"a parameter of shape {tuple(p.shape)} is none of model={type(model).__name__}: an optimiser of layers "
+            "serves one model; build another for the other, or put both into one nn.ModuleList"
+        )
+    if p.is_complex():
+        raise ValueError(f"{name} is complex: train its real view, torch.view_as_real, or leave it out of params")
+    if hasattr(p, "device_mesh"):
+        raise ValueError(
+            f"{name} is sharded over devices: blocks are of whole layers; use DistributedDataParallel, or leave it out "
+            "of params"
+        )

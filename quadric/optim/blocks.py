@@ -1,0 +1,123 @@
+"""One block of a block-diagonal curvature: the statistics of a layer, their damped inverse, and its action.
+
+A `Block` is the mathematics of one method on one layer. It holds no numbers: they are in a dictionary of tensors that
+the optimiser keeps in its state, so that a checkpoint has them and a copy goes on the same way.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quadric.optim.layers import Gradient, Layer
+
+Numbers = dict[str, Tensor]
+"""The statistics and inverses of one block, by name."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a layer's module in the passes that a step's gradient is of.
+
+    Attributes:
+        inputs: what the module was called with.
+        cotangent: the gradient of the loss with respect to its output.
+    """
+
+    inputs: Tensor
+    cotangent: Tensor
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a step shows of a layer.
+
+    Attributes:
+        gradient: of the mean loss.
+        calls: of its module; empty unless a block asks for them.
+        examples: how many the mean is over.
+    """
+
+    gradient: Gradient
+    calls: Sequence[Call] = ()
+    examples: int = 1
+
+
+class Block(ABC):
+    """The curvature of one layer.
+
+    Attributes:
+        layer: whose it is.
+        wants_calls: whether `Seen.calls` must be there.
+    """
+
+    wants_calls: bool = False
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
+
+    @property
+    @abstractmethod
+    def shape(self) -> str:
+        """How many matrices of what size, for a reader."""
+
+    @property
+    @abstractmethod
+    def elements(self) -> int:
+        """Numbers that are kept: statistics and inverses."""
+
+    @property
+    @abstractmethod
+    def work(self) -> float:
+        """Multiplications of a refresh, roughly: by these the blocks are dealt out to ranks."""
+
+    @abstractmethod
+    def observe(self, numbers: Numbers, seen: Seen, share: float) -> None:
+        """Moves the statistics towards those of a step: S <- (1 - share) S + share S_new. The first are zero."""
+
+    @abstractmethod
+    def refresh(self, numbers: Numbers, damping: float) -> None:
+        """Makes the inverses of the statistics anew, with ``damping`` as a share of the layer's mean curvature."""
+
+    @abstractmethod
+    def apply(self, numbers: Numbers, gradient: Gradient) -> Gradient:
+        """The inverse's action: P g, of a gradient in the statistics' type."""
+
+
+def statistics_type(like: Tensor) -> torch.dtype:
+    """The type statistics and inverses are kept in: that of the parameters, float32 at least."""
+    return torch.promote_types(like.dtype, torch.float32)
+
+
+def inverse(matrices: Tensor, damping: Tensor) -> Tensor:
+    """(S + damping I)^-1 of symmetric positive semi-definite matrices ``[..., n, n]``, of which the lower half is read.
+
+    By Cholesky's factorisation; where it fails, as in float32 where damping is below the rounding of S, by eigenvalues
+    in float64, with those below zero taken as zero.
+
+    Args:
+        matrices: S.
+        damping: positive, a number for each matrix, ``[...]``.
+    """
+    damped = matrices.tril(-1)
+    damped += matrices.tril().mT
+    damped.diagonal(dim1=-2, dim2=-1).add_(damping.unsqueeze(-1))
+    factor, info = torch.linalg.cholesky_ex(damped)
+    failed = info != 0
+    if not bool(failed.any()):
+        return torch.cholesky_inverse(factor)
+    inverses = torch.empty_like(matrices)
+    inverses[~failed] = torch.cholesky_inverse(factor[~failed])
+    inverses[failed] = power(matrices[failed], damping[failed], -1.0)
+    return inverses
+
+
+def power(matrices: Tensor, damping: Tensor, exponent: float) -> Tensor:
+    """(S + damping I)^exponent by eigenvalues in float64; the rest as in `inverse`."""
+    values, vectors = torch.linalg.eigh(matrices.double())
+    scaled = values.clamp(min=0.0).add_(damping.double().unsqueeze(-1)).pow_(exponent)
+    return ((vectors * scaled.unsqueeze(-2)) @ vectors.mT).to(matrices.dtype)
