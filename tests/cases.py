@@ -35,8 +35,13 @@ from quadric.model.acoustic import DNN, TDNN, AcousticModel
 from quadric.model.recurrent import LSTM, RNN
 from quadric.objective.curvature import CurvatureOperator
 from quadric.objective.objective import Objective
+from quadric.optim.block_diagonal import BlockDiagonal
+from quadric.optim.blocks import Block
 from quadric.optim.damping import AfterRejection, Damping, Fixed, LevenbergMarquardt
 from quadric.optim.descent import NGHF, Descent, NaturalGradient, NewtonCG
+from quadric.optim.layers import Kind, Layer
+from quadric.optim.length import KLClip, Length, Natural, UnitEntries
+from quadric.optim.mini_block import Averaged, Entries, Kernels, MiniBlocks, Rows, mini_block_fisher
 from quadric.optim.precondition import LBFGS, FisherDiagonal, Preconditioner, SharedCounts
 from quadric.optim.sampling import FixedSizes, GeometricSizes, Sampler, VarianceTested
 from quadric.optim.search import Backtracking, BestIterate, Search
@@ -253,3 +258,25 @@ OPTIMISERS: dict[str, Callable[[Iterable[Any]], torch.optim.Optimizer]] = {
     "nghf": nghf,
     "nghf, shared counts": lambda params: nghf(params, preconditioner=SharedCounts()),
 }
+
+
+# The block-diagonal family: a factory of the model; blocks by the layer they are of.
+
+FAMILY: dict[str, Callable[..., BlockDiagonal]] = {
+    "mini_block_fisher": mini_block_fisher,
+    "mini_block_fisher, a block a row": partial(mini_block_fisher, blocks=MiniBlocks(averaged=False, largest=5)),
+    "mini_block_fisher, root": partial(mini_block_fisher, blocks=MiniBlocks(exponent=-0.5), length=KLClip()),
+}
+
+
+def _layer(module: nn.Module, kind: Kind) -> Layer:
+    return Layer("weight", kind, module, module.weight, getattr(module, "bias", None))  # type: ignore[arg-type]
+
+
+BLOCKS: dict[type[Block], Callable[[], Block]] = {
+    Averaged: lambda: MiniBlocks(largest=4)(_layer(nn.Linear(6, 3).double(), Kind.MATRIX)),
+    Rows: lambda: MiniBlocks(averaged=False, largest=4)(_layer(nn.Linear(6, 3).double(), Kind.MATRIX)),
+    Kernels: lambda: MiniBlocks()(_layer(nn.Conv2d(2, 3, 2).double(), Kind.KERNELS)),
+    Entries: lambda: MiniBlocks()(_layer(nn.LayerNorm(4).double(), Kind.OTHER)),
+}
+LENGTHS: dict[type[Length], Callable[[], Length]] = {Natural: Natural, KLClip: KLClip, UnitEntries: UnitEntries}

@@ -22,8 +22,10 @@ from quadric.linalg.solver import KrylovSolver
 from quadric.linalg.truncation import Truncation
 from quadric.loss.loss import Loss
 from quadric.model.acoustic import AcousticModel
+from quadric.optim.blocks import Block
 from quadric.optim.damping import Damping
 from quadric.optim.descent import Descent
+from quadric.optim.length import Length
 from quadric.optim.precondition import Preconditioner
 from quadric.optim.sampling import Sampler
 from quadric.optim.search import Search
@@ -42,6 +44,8 @@ TABLES = {
     Descent: cases.DESCENTS,
     Preconditioner: cases.PRECONDITIONERS,
     Truncation: cases.TRUNCATIONS,
+    Block: cases.BLOCKS,
+    Length: cases.LENGTHS,
 }
 
 
@@ -92,9 +96,9 @@ def test_every_named_optimiser_has_a_row() -> None:
         and not name.startswith("_")
         and _returns_optimiser(module, function.__annotations__.get("return"))
     }
-    classes = {found.__name__ for found in public_subclasses(torch.optim.Optimizer)} - {"SecondOrder"}
+    classes = {found.__name__ for found in public_subclasses(torch.optim.Optimizer)} - {"SecondOrder", "BlockDiagonal"}
     assert {"hessian_free"} <= named
-    covered = {row.split(",")[0] for row in cases.OPTIMISERS}
+    covered = {row.split(",")[0] for row in (*cases.OPTIMISERS, *cases.FAMILY)}
     assert named | classes <= covered, f"add a row to tests/cases.py for {sorted((named | classes) - covered)}"
 
 

@@ -7,6 +7,7 @@ these for all of them. Blocks are outer products of the gradient of a batch's me
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -111,9 +112,9 @@ class Separate(Block):
         self.options = options
         self.shapes = [part.shape for part in self.parts([p.detach() for p in layer.parameters])]
 
+    @abstractmethod
     def parts(self, gradient: Gradient) -> list[Tensor]:
         """Matrices ``[blocks, size]`` of all entries of a gradient, each once."""
-        return [g.reshape(-1, 1) for g in gradient]
 
     def joined(self, parts: Sequence[Tensor]) -> Gradient:
         """The gradient that `parts` has taken apart."""
@@ -156,6 +157,9 @@ class Separate(Block):
 
 class Entries(Separate):
     """A block for each parameter: of tables of embeddings, and of what is no linear map."""
+
+    def parts(self, gradient: Gradient) -> list[Tensor]:
+        return [g.reshape(-1, 1) for g in gradient]
 
 
 class Kernels(Separate):
