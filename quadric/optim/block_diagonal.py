@@ -119,6 +119,9 @@ class BlockDiagonal(torch.optim.Optimizer):
         _check_rates(lr=lr, momentum=momentum, weight_decay=weight_decay)
         if not 0 < damping < math.inf:
             raise ValueError(f"damping={damping}: must be positive: statistics of few steps have no inverse without it")
+        check_whole(patience=patience)
+        if patience < 1:
+            raise ValueError(f"patience={patience}: give a number of steps, 1 at least")
         self.model, self.block, self.schedule, self.length, self.patience = model, block, schedule, length, patience
         self._blocks: list[Block] = []
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
@@ -136,9 +139,11 @@ class BlockDiagonal(torch.optim.Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         for p in params:
             _check_parameter(p, names.get(id(p)), self.model)
-        known = {id(block.layer.weight): block for block in self._blocks}
+        known = {block.layer.parameters: block for block in self._blocks}
         layers = find_layers(self.model, params)
-        self._blocks = [known.get(id(layer.weight)) or self.block(layer) for layer in layers]
+        self._blocks = [known[layer.parameters] if layer.parameters in known else self.block(layer) for layer in layers]
+        for parameters in known.keys() - {layer.parameters for layer in layers}:
+            self.state.pop(parameters[0], None)  # the layer has another parameter now, and begins anew
 
     @property
     def coverage(self) -> tuple[Coverage, ...]:
@@ -170,7 +175,7 @@ class BlockDiagonal(torch.optim.Optimizer):
         if self._finite(shown):
             counts = self.param_groups[0]
             if counts["step"] % self.schedule.statistics == 0:
-                self._observe(shown)
+                self._observe(shown, self.schedule.share(counts["observed"]))
             if self.schedule.refreshes(counts["step"]):
                 self._refresh()
             self._move(shown)
@@ -181,11 +186,11 @@ class BlockDiagonal(torch.optim.Optimizer):
     def observe(self) -> None:
         """Takes the present gradients into the statistics, without a step: for a pass over the data before the first.
 
-        For each minibatch: ``optimizer.zero_grad()``, ``backward()``, ``optimizer.observe()``.
+        For each minibatch: ``optimizer.zero_grad()``, ``backward()``, ``optimizer.observe()``. All count the same.
         """
         shown = self._shown()
         if self._finite(shown):
-            self._observe(shown)
+            self._observe(shown, 1 / (self.param_groups[0]["observed"] + 1))
 
     def _shown(self) -> list[tuple[Block, Gradient]]:
         """The blocks of layers that have a gradient."""
@@ -223,12 +228,10 @@ class BlockDiagonal(torch.optim.Optimizer):
             )
         return False
 
-    def _observe(self, shown: Sequence[tuple[Block, Gradient]]) -> None:
-        counts = self.param_groups[0]
-        share = self.schedule.share(counts["observed"])
+    def _observe(self, shown: Sequence[tuple[Block, Gradient]], share: float) -> None:
         for block, gradient in shown:
             block.observe(self.state[block.layer.weight], Seen(gradient), share)
-        counts["observed"] += 1
+        self.param_groups[0]["observed"] += 1
 
     def _refresh(self) -> None:
         self._check_model()

@@ -55,14 +55,13 @@ def find_layers(model: nn.Module, params: Iterable[nn.Parameter]) -> list[Layer]
     places: dict[int, int] = {}
     wanted = {id(p) for p in params}
     for prefix, module in model.named_modules():
-        for layer in _of(module, f"{prefix}." if prefix else "", wanted):
-            place = places.get(id(layer.weight))
-            if place is None:
-                bias = layer.bias if id(layer.bias) not in places else None
-                layers.append(replace(layer, bias=bias))
-                places |= {id(p): len(layers) - 1 for p in layers[-1].parameters}
-            elif layers[place].kind is not layer.kind:
-                layers[place] = replace(layers[place], kind=Kind.OTHER)
+        for layer in _of(module, f"{prefix}." if prefix else "", wanted - places.keys()):
+            layers.append(layer)
+            places |= {id(p): len(layers) - 1 for p in layer.parameters}
+        for layer in _of(module, "", wanted):
+            first = layers[places[id(layer.weight)]]
+            if first.weight is layer.weight and first.kind is not layer.kind:
+                layers[places[id(layer.weight)]] = replace(first, kind=Kind.OTHER)
     return layers
 
 

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quadric.optim.block_diagonal import BlockDiagonal, Schedule
+from quadric.optim.block_diagonal import BlockDiagonal
 from quadric.optim.blocks import Block, Numbers, Seen, inverse, power, statistics_type
 from quadric.optim.layers import Gradient, Kind, Layer
-from quadric.optim.length import Length, UnitEntries
 
 _STRIPE = 256
 """Columns of a Gram matrix that are made at a time, of its lower half."""
@@ -62,12 +61,8 @@ def mini_block_fisher(
     params: Iterable[Any] | None = None,
     *,
     lr: float = 1e-3,
-    momentum: float = 0.9,
-    weight_decay: float = 0.0,
-    damping: float = 0.03,
     blocks: MiniBlocks = MiniBlocks(),
-    schedule: Schedule = Schedule(),
-    length: Length = UnitEntries(),
+    **options: Any,
 ) -> BlockDiagonal:
     """Mini-block Fisher (Bahamou, Goldfarb and Ren, 2023), in the place of Adam.
 
@@ -75,12 +70,9 @@ def mini_block_fisher(
         model: whose layers have the blocks.
         params: parameters or groups of it; None: all that are trainable.
         lr: with the default lengths, what it is in Adam.
-        momentum: of the gradient, before the inverse is applied to it.
-        weight_decay: decoupled, as in AdamW.
-        damping: added to a block's diagonal, as a share of its layer's mean curvature.
         blocks: which mini-blocks layers have.
-        schedule: when statistics and inverses are made.
-        length: of the steps; the paper's is `Natural`.
+        options: momentum, weight decay, damping, schedule and length, as in `BlockDiagonal`; the paper's length is
+            `quadric.optim.length.Natural`.
 
     >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 1))
     >>> optimizer = mini_block_fisher(model)
@@ -91,17 +83,7 @@ def mini_block_fisher(
     >>> model(torch.randn(5, 1, 4, 4)).square().mean().backward()
     >>> optimizer.step()
     """
-    return BlockDiagonal(
-        model,
-        blocks,
-        params,
-        lr=lr,
-        momentum=momentum,
-        weight_decay=weight_decay,
-        damping=damping,
-        schedule=schedule,
-        length=length,
-    )
+    return BlockDiagonal(model, blocks, params, lr=lr, **options)
 
 
 class Separate(Block):
@@ -139,13 +121,14 @@ class Separate(Block):
             S.mul_(1 - share).addcmul_(d.unsqueeze(2), d.unsqueeze(1), value=share)
 
     def refresh(self, numbers: Numbers, damping: float) -> None:
-        for k, (_, n) in enumerate(self.shapes):
-            S = numbers[f"statistics_{k}"]
-            shift = shift_of(damping, S.diagonal(dim1=1, dim2=2).mean()).expand(len(S))
+        statistics = [numbers[f"statistics_{k}"] for k in range(len(self.shapes))]
+        total = torch.stack([S.diagonal(dim1=1, dim2=2).sum() for S in statistics]).sum()
+        shift = shift_of(damping, total / sum(blocks * n for blocks, n in self.shapes))
+        for k, (S, (blocks, n)) in enumerate(zip(statistics, self.shapes, strict=True)):
             if n == 1:
-                numbers[f"inverse_{k}"] = (S + shift.view(-1, 1, 1)).pow_(self.options.exponent)
+                numbers[f"inverse_{k}"] = (S + shift).pow_(self.options.exponent)
             else:
-                numbers[f"inverse_{k}"] = self.options.inverted(S, shift)
+                numbers[f"inverse_{k}"] = self.options.inverted(S, shift.expand(blocks))
 
     def apply(self, numbers: Numbers, gradient: Gradient) -> Gradient:
         steps = []
