@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quadric.comm.communicator import Communicator, Solo
 from quadric.optim.blocks import Block, Seen, statistics_type
 from quadric.optim.layers import Gradient, Layer, find_layers
 from quadric.optim.length import Length, UnitEntries
@@ -94,6 +95,8 @@ class BlockDiagonal(torch.optim.Optimizer):
         schedule: when statistics and inverses are made.
         length: of the steps.
         patience: steps skipped in a row after which there is an error.
+        communicator: of ranks that hold the same model and give it the same gradients, as DistributedDataParallel and
+            an `Objective` do: each makes a part of the inverses, dealt out by cost, and has the others' from them.
 
     Attributes:
         coverage: which block each parameter has got, and why.
@@ -115,6 +118,7 @@ class BlockDiagonal(torch.optim.Optimizer):
         schedule: Schedule = Schedule(),
         length: Length = UnitEntries(),
         patience: int = 10,
+        communicator: Communicator = Solo(),
     ) -> None:
         _check_rates(lr=lr, momentum=momentum, weight_decay=weight_decay)
         if not 0 < damping < math.inf:
@@ -123,6 +127,7 @@ class BlockDiagonal(torch.optim.Optimizer):
         if patience < 1:
             raise ValueError(f"patience={patience}: give a number of steps, 1 at least")
         self.model, self.block, self.schedule, self.length, self.patience = model, block, schedule, length, patience
+        self.communicator = communicator
         self._blocks: list[Block] = []
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__([p for p in model.parameters() if p.requires_grad] if params is None else params, defaults)
@@ -130,7 +135,7 @@ class BlockDiagonal(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy needs: the parts beside what torch keeps."""
-        names = ("model", "block", "schedule", "length", "patience", "_blocks")
+        names = ("model", "block", "schedule", "length", "patience", "communicator", "_blocks")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -235,10 +240,16 @@ class BlockDiagonal(torch.optim.Optimizer):
 
     def _refresh(self) -> None:
         self._check_model()
-        for block in self._blocks:
-            numbers = self.state[block.layer.weight]
-            if len(numbers):
-                block.refresh(numbers, self.param_groups[0]["damping"])
+        ranks, damping = self.communicator, self.param_groups[0]["damping"]
+        observed = [block for block in self._blocks if len(self.state[block.layer.weight])]
+        owners = deal([block.work for block in observed], ranks.size)
+        for block, owner in zip(observed, owners, strict=True):
+            if owner == ranks.rank:
+                block.refresh(self.state[block.layer.weight], damping)
+        if ranks.size > 1:
+            for block, owner in zip(observed, owners, strict=True):
+                for inverse in block.inverses(self.state[block.layer.weight]):
+                    ranks.broadcast_(inverse, owner)
 
     def _move(self, shown: Sequence[tuple[Block, Gradient]]) -> None:
         groups = {id(p): group for group in self.param_groups for p in group["params"]}
@@ -283,6 +294,19 @@ class BlockDiagonal(torch.optim.Optimizer):
             for name, value in state_dict["state"].get(place, {}).items():
                 if isinstance(value, Tensor):
                     self.state[p][name] = value.detach().to(p.device, copy=True)
+
+
+def deal(work: Sequence[float], ranks: int) -> list[int]:
+    """The rank of each piece of work: the dearest first, each to who has least so far (Graham, 1969).
+
+    >>> deal([5.0, 4.0, 3.0, 3.0, 3.0], 2)
+    [0, 1, 1, 0, 1]
+    """
+    loads, owners = [0.0] * ranks, [0] * len(work)
+    for piece in sorted(range(len(work)), key=lambda piece: -work[piece]):
+        owners[piece] = loads.index(min(loads))
+        loads[owners[piece]] += work[piece]
+    return owners
 
 
 def _check_rates(**options: float) -> None:

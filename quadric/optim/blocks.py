@@ -83,6 +83,16 @@ class Block(ABC):
     def refresh(self, numbers: Numbers, damping: float) -> None:
         """Makes the inverses of the statistics anew, with ``damping`` as a share of the layer's mean curvature."""
 
+    def inverses(self, numbers: Numbers) -> list[Tensor]:
+        """What `refresh` makes, to be filled by another rank: ``inverse_x`` is as large as ``statistics_x``."""
+        made = []
+        for name in [name for name in numbers if name.startswith("statistics_")]:
+            other = name.replace("statistics_", "inverse_")
+            if other not in numbers:
+                numbers[other] = torch.empty_like(numbers[name])
+            made.append(numbers[other])
+        return made
+
     @abstractmethod
     def apply(self, numbers: Numbers, gradient: Gradient) -> Gradient:
         """The inverse's action: P g, of a gradient in the statistics' type."""
@@ -109,7 +119,7 @@ def inverse(matrices: Tensor, damping: Tensor) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(damped)
     failed = info != 0
     if not bool(failed.any()):
-        return torch.cholesky_inverse(factor)
+        return torch.cholesky_inverse(factor).contiguous()  # on every rank alike, or its products are not
     inverses = torch.empty_like(matrices)
     inverses[~failed] = torch.cholesky_inverse(factor[~failed])
     inverses[failed] = power(matrices[failed], damping[failed], -1.0)
