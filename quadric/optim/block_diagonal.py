@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from quadric.comm.communicator import Communicator, Solo
 from quadric.optim.blocks import Block, Seen, statistics_type
+from quadric.optim.damping import Damping, Fixed
 from quadric.optim.layers import Gradient, Layer, find_layers
 from quadric.optim.length import Length, UnitEntries
 from quadric.options import check_whole
@@ -91,7 +92,9 @@ class BlockDiagonal(torch.optim.Optimizer):
         block: gives a layer its block.
         params: parameters or groups of ``model``; None: all that are trainable.
         lr, momentum, weight_decay: defaults of the groups.
-        damping: added to a block's diagonal, as a share of its layer's mean curvature; kept in the first group.
+        damping: added to a block's diagonal, as a share of its layer's mean curvature; kept in the first group. A rule,
+            such as `LevenbergMarquardt`, makes it follow the ratio of the actual to the foreseen reduction, which steps
+            that make inverses measure by the closure; it is for lengths that are `Natural` or near it.
         schedule: when statistics and inverses are made.
         length: of the steps.
         patience: steps skipped in a row after which there is an error.
@@ -114,14 +117,15 @@ class BlockDiagonal(torch.optim.Optimizer):
         lr: float,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
-        damping: float = 0.03,
+        damping: float | Damping = 0.03,
         schedule: Schedule = Schedule(),
         length: Length = UnitEntries(),
         patience: int = 10,
         communicator: Communicator = Solo(),
     ) -> None:
         _check_rates(lr=lr, momentum=momentum, weight_decay=weight_decay)
-        if not 0 < damping < math.inf:
+        self.rule = damping if isinstance(damping, Damping) else Fixed(damping)
+        if not self.rule.initial > 0:
             raise ValueError(f"damping={damping}: must be positive: statistics of few steps have no inverse without it")
         check_whole(patience=patience)
         if patience < 1:
@@ -131,11 +135,11 @@ class BlockDiagonal(torch.optim.Optimizer):
         self._blocks: list[Block] = []
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__([p for p in model.parameters() if p.requires_grad] if params is None else params, defaults)
-        self.param_groups[0].update(damping=damping, step=0, observed=0, skipped=0, skipped_in_a_row=0)
+        self.param_groups[0].update(damping=self.rule.initial, step=0, observed=0, skipped=0, skipped_in_a_row=0)
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy needs: the parts beside what torch keeps."""
-        names = ("model", "block", "schedule", "length", "patience", "communicator", "_blocks")
+        names = ("model", "block", "schedule", "length", "patience", "rule", "communicator", "_blocks")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -176,16 +180,33 @@ class BlockDiagonal(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 value = closure()
+        elif not isinstance(self.rule, Fixed):
+            raise ValueError(f"damping={self.rule}: it follows the loss after a step; call step(closure)")
         shown = self._shown()
         if self._finite(shown):
             counts = self.param_groups[0]
+            refreshes = self.schedule.refreshes(counts["step"])
             if counts["step"] % self.schedule.statistics == 0:
                 self._observe(shown, self.schedule.share(counts["observed"]))
-            if self.schedule.refreshes(counts["step"]):
+            if refreshes:
                 self._refresh()
-            self._move(shown)
+            foreseen = self._move(shown)
+            if refreshes and closure is not None and not isinstance(self.rule, Fixed):
+                self._adapt(closure, value, foreseen)
             counts["step"] += 1
         return value
+
+    def _adapt(self, closure: Callable[[], Any], before: Any, foreseen: float) -> None:
+        """The next damping, by what the loss is after the step: on the same data, without keeping its gradient."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        gradients = [p.grad for p in params]
+        with torch.enable_grad():
+            change = float(closure()) - float(before)
+        for p, g in zip(params, gradients, strict=True):
+            p.grad = g
+        self.param_groups[0]["damping"] = self.rule.update(
+            self.param_groups[0]["damping"], change / foreseen if foreseen < 0 else math.nan
+        )
 
     @torch.no_grad()
     def observe(self) -> None:
@@ -251,7 +272,11 @@ class BlockDiagonal(torch.optim.Optimizer):
                 for inverse in block.inverses(self.state[block.layer.weight]):
                     ranks.broadcast_(inverse, owner)
 
-    def _move(self, shown: Sequence[tuple[Block, Gradient]]) -> None:
+    def _move(self, shown: Sequence[tuple[Block, Gradient]]) -> float:
+        """Takes the step d; returns what is foreseen of it where damping adapts: g'd + d'(S + lambda) d / 2.
+
+        By the blocks, (S + lambda) P m = m.
+        """
         groups = {id(p): group for group in self.param_groups for p in group["params"]}
         momenta, steps = [], []
         for block, gradient in shown:
@@ -259,12 +284,17 @@ class BlockDiagonal(torch.optim.Optimizer):
             momenta.append([self._push(p, g, groups[id(p)]) for p, g in pairs])
             steps.append(block.apply(self.state[block.layer.weight], momenta[-1]))
         factors = self.length.factors(steps, momenta, max(group["lr"] for group in self.param_groups))
-        for (block, _), step, factor in zip(shown, steps, factors, strict=True):
-            for p, d in zip(block.layer.parameters, step, strict=True):
+        foreseen = 0.0
+        for (block, gradient), momentum, step, factor in zip(shown, momenta, steps, factors, strict=True):
+            for p, g, m, d in zip(block.layer.parameters, gradient, momentum, step, strict=True):
                 group = groups[id(p)]
+                rate = group["lr"] * factor
+                if not isinstance(self.rule, Fixed):
+                    foreseen += rate * (0.5 * rate * float((m * d).sum()) - float((g * d).sum()))
                 if group["weight_decay"]:
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(d, alpha=-group["lr"] * factor)
+                p.add_(d, alpha=-rate)
+        return foreseen
 
     def _push(self, p: nn.Parameter, g: Tensor, group: dict[str, Any]) -> Tensor:
         """The momentum of a parameter, with its new gradient."""
