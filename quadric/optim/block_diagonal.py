@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from quadric.comm.communicator import Communicator, Solo
+from quadric.objective.memory import free
 from quadric.optim.blocks import Block, Seen, statistics_type
 from quadric.optim.damping import Damping, Fixed
 from quadric.optim.layers import Gradient, Layer, find_layers
@@ -153,6 +154,7 @@ class BlockDiagonal(torch.optim.Optimizer):
         self._blocks = [known[layer.parameters] if layer.parameters in known else self.block(layer) for layer in layers]
         for parameters in known.keys() - {layer.parameters for layer in layers}:
             self.state.pop(parameters[0], None)  # the layer has another parameter now, and begins anew
+        self._check_memory([block for block in self._blocks if block.layer.parameters not in known])
 
     @property
     def coverage(self) -> tuple[Coverage, ...]:
@@ -163,7 +165,7 @@ class BlockDiagonal(torch.optim.Optimizer):
                 type(block).__name__,
                 block.shape,
                 f"{type(block.layer.module).__name__}: {block.layer.kind.value}",
-                block.elements * statistics_type(block.layer.weight).itemsize,
+                _bytes(block),
             )
             for block in self._blocks
         )
@@ -305,6 +307,18 @@ class BlockDiagonal(torch.optim.Optimizer):
             state["momentum"] = torch.zeros_like(p, dtype=statistics_type(p), memory_format=torch.contiguous_format)
         return state["momentum"].mul_(group["momentum"]).add_(g)
 
+    def _check_memory(self, new: Sequence[Block]) -> None:
+        largest = max(new, key=_bytes, default=None)
+        if largest is None:
+            return
+        needed, left = sum(map(_bytes, new)), free(largest.layer.weight.device, self.communicator.size)
+        if needed > left:
+            raise ValueError(
+                f"the blocks take {needed / 2**30:.1f} GiB, {left / 2**30:.1f} GiB are free; {largest.layer.name} alone "
+                f"takes {_bytes(largest) / 2**30:.1f} for {largest.shape}: choose averaged blocks or a smaller largest=, "
+                "or leave it out of params"
+            )
+
     def _check_model(self) -> None:
         present = {id(p) for p in self.model.parameters()}
         for block in self._blocks:
@@ -324,6 +338,10 @@ class BlockDiagonal(torch.optim.Optimizer):
             for name, value in state_dict["state"].get(place, {}).items():
                 if isinstance(value, Tensor):
                     self.state[p][name] = value.detach().to(p.device, copy=True)
+
+
+def _bytes(block: Block) -> int:
+    return block.elements * statistics_type(block.layer.weight).itemsize
 
 
 def deal(work: Sequence[float], ranks: int) -> list[int]:

@@ -174,3 +174,12 @@ def test_damping_that_follows_the_loss() -> None:
         assert all(torch.equal(g, p.grad) for g, p in zip(gradients, module.parameters(), strict=True))
     with pytest.raises(ValueError, match=r"it follows the loss after a step; call step\(closure\)"):
         optimizer.step()
+
+
+def test_blocks_that_memory_has_no_room_for() -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(30_000, 4_000, bias=False, device="meta").to_empty(device="cpu"))
+    with pytest.raises(
+        ValueError, match=r"blocks take .* GiB .* are free; .* are of 1\.weight, 4,000 of 30,000 x 30,000"
+    ):
+        mini_block_fisher(module, blocks=MiniBlocks(averaged=False, largest=30_000))
+    assert len(mini_block_fisher(module).coverage) == 2
