@@ -314,9 +314,9 @@ class BlockDiagonal(torch.optim.Optimizer):
         needed, left = sum(map(_bytes, new)), free(largest.layer.weight.device, self.communicator.size)
         if needed > left:
             raise ValueError(
-                f"the blocks take {needed / 2**30:.1f} GiB, {left / 2**30:.1f} GiB are free; {largest.layer.name} alone "
-                f"takes {_bytes(largest) / 2**30:.1f} for {largest.shape}: choose averaged blocks or a smaller largest=, "
-                "or leave it out of params"
+                f"the blocks take {needed / 2**30:.1f} GiB, {left / 2**30:.1f} GiB are free; {largest.layer.name} "
+                f"alone takes {_bytes(largest) / 2**30:.1f} for {largest.shape}: choose averaged blocks or a smaller "
+                "largest=, or leave it out of params"
             )
 
     def _check_model(self) -> None:
