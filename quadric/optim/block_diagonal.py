@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quadric.optim.blocks import Block, Seen, statistics_type
+from quadric.optim.blocks import Block, Call, Seen, statistics_type
+from quadric.optim.capture import Capture, examples
 from quadric.optim.layers import Gradient, Layer, find_layers
 from quadric.optim.length import Length, UnitEntries
 from quadric.options import check_whole
@@ -32,7 +34,7 @@ class Coverage:
         parameters: their names.
         block: the kind of the block.
         matrices: how many of what size.
-        why: what the layer is.
+        why: what the layer is, and where the block is not of the method's first choice, the reason.
         bytes: of statistics and inverses.
     """
 
@@ -127,11 +129,33 @@ class BlockDiagonal(torch.optim.Optimizer):
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__([p for p in model.parameters() if p.requires_grad] if params is None else params, defaults)
         self.param_groups[0].update(damping=damping, step=0, observed=0, skipped=0, skipped_in_a_row=0)
+        self._listen()
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy needs: the parts beside what torch keeps."""
         names = ("model", "block", "schedule", "length", "patience", "_blocks")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._listen()
+
+    def _listen(self) -> None:
+        """Has the calls recorded that blocks ask for, on steps when statistics are due."""
+        due = weakref.WeakMethod(self._due)
+        layers = [block.layer for block in self._serving if block.wants_calls]
+        self._capture = Capture(self.model, layers, lambda: (method := due()) is not None and method())
+
+    def _due(self) -> bool:
+        return self.param_groups[0]["step"] % self.schedule.statistics == 0
+
+    @property
+    def _serving(self) -> list[Block]:
+        """The blocks; of a layer whose module was not called, the one that takes the place of its own."""
+        return [
+            block.otherwise if block.otherwise and "uncalled" in self.state.get(block.layer.weight, ()) else block
+            for block in self._blocks
+        ]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -153,10 +177,11 @@ class BlockDiagonal(torch.optim.Optimizer):
                 tuple(names[id(p)] for p in block.layer.parameters),
                 type(block).__name__,
                 block.shape,
-                f"{type(block.layer.module).__name__}: {block.layer.kind.value}",
+                f"{type(block.layer.module).__name__}: {block.layer.kind.value}"
+                + (f"; {block.reason}" if block.reason else ""),
                 block.elements * statistics_type(block.layer.weight).itemsize,
             )
-            for block in self._blocks
+            for block in self._serving
         )
 
     @torch.no_grad()
@@ -171,11 +196,11 @@ class BlockDiagonal(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 value = closure()
-        shown = self._shown()
+        calls, shown = self._capture.take(), self._shown()
         if self._finite(shown):
             counts = self.param_groups[0]
-            if counts["step"] % self.schedule.statistics == 0:
-                self._observe(shown, self.schedule.share(counts["observed"]))
+            if self._due():
+                self._observe(shown, calls, self.schedule.share(counts["observed"]))
             if self.schedule.refreshes(counts["step"]):
                 self._refresh()
             self._move(shown)
@@ -188,14 +213,23 @@ class BlockDiagonal(torch.optim.Optimizer):
 
         For each minibatch: ``optimizer.zero_grad()``, ``backward()``, ``optimizer.observe()``. All count the same.
         """
-        shown = self._shown()
+        if self._capture.layers and not self._due():
+            raise ValueError(
+                "observe() in a step when no statistics are due: calls of modules are not recorded then; call it "
+                "before the first step, or set statistics=1 in the schedule"
+            )
+        calls, shown = self._capture.take(), self._shown()
         if self._finite(shown):
-            self._observe(shown, 1 / (self.param_groups[0]["observed"] + 1))
+            self._observe(shown, calls, 1 / (self.param_groups[0]["observed"] + 1))
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        self._capture.clear()
 
     def _shown(self) -> list[tuple[Block, Gradient]]:
         """The blocks of layers that have a gradient."""
         shown: list[tuple[Block, Gradient]] = []
-        for block in self._blocks:
+        for block in self._serving:
             if all(p.grad is None for p in block.layer.parameters):
                 continue
             gradient = [torch.zeros_like(p) if p.grad is None else p.grad for p in block.layer.parameters]
@@ -228,14 +262,33 @@ class BlockDiagonal(torch.optim.Optimizer):
             )
         return False
 
-    def _observe(self, shown: Sequence[tuple[Block, Gradient]], share: float) -> None:
-        for block, gradient in shown:
-            block.observe(self.state[block.layer.weight], Seen(gradient), share)
+    def _observe(
+        self, shown: list[tuple[Block, Gradient]], calls: Mapping[Layer, Sequence[Call]], share: float
+    ) -> None:
+        for place, (block, gradient) in enumerate(shown):
+            found = calls.get(block.layer, ())
+            if found or not block.wants_calls:
+                block.observe(self.state[block.layer.weight], Seen(gradient, found, examples(found)), share)
+            elif any(bool(g.any()) for g in gradient):
+                shown[place] = (self._replaced(block, gradient), gradient)
         self.param_groups[0]["observed"] += 1
+
+    def _replaced(self, block: Block, gradient: Gradient) -> Block:
+        """What takes the place of the block of a layer whose module was not called, though it has a gradient."""
+        assert block.otherwise is not None
+        logger.warning("%s: %s; it has %s", block.layer.name, block.otherwise.reason, type(block.otherwise).__name__)
+        numbers = self.state[block.layer.weight]
+        for name in [name for name in numbers if name.startswith(("statistics_", "inverse_"))]:
+            del numbers[name]
+        numbers["uncalled"] = torch.tensor(True)
+        block.otherwise.observe(numbers, Seen(gradient), 1.0)
+        block.otherwise.refresh(numbers, self.param_groups[0]["damping"])
+        self._listen()
+        return block.otherwise
 
     def _refresh(self) -> None:
         self._check_model()
-        for block in self._blocks:
+        for block in self._serving:
             numbers = self.state[block.layer.weight]
             if len(numbers):
                 block.refresh(numbers, self.param_groups[0]["damping"])
