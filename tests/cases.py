@@ -39,6 +39,7 @@ from quadric.optim.block_diagonal import BlockDiagonal
 from quadric.optim.blocks import Block
 from quadric.optim.damping import AfterRejection, Damping, Fixed, LevenbergMarquardt
 from quadric.optim.descent import NGHF, Descent, NaturalGradient, NewtonCG
+from quadric.optim.kfac import Kronecker, KroneckerFactors, KroneckerPatches, kfac
 from quadric.optim.layers import Kind, Layer
 from quadric.optim.length import KLClip, Length, Natural, UnitEntries
 from quadric.optim.mini_block import Averaged, Entries, Kernels, MiniBlocks, Rows, mini_block_fisher
@@ -266,6 +267,8 @@ FAMILY: dict[str, Callable[..., BlockDiagonal]] = {
     "mini_block_fisher": mini_block_fisher,
     "mini_block_fisher, a block a row": partial(mini_block_fisher, blocks=MiniBlocks(averaged=False, largest=5)),
     "mini_block_fisher, root": partial(mini_block_fisher, blocks=MiniBlocks(exponent=-0.5), length=KLClip()),
+    "kfac": kfac,
+    "kfac, reduce": partial(kfac, factors=KroneckerFactors(sharing="reduce")),
 }
 
 
@@ -277,6 +280,8 @@ BLOCKS: dict[type[Block], Callable[[], Block]] = {
     Averaged: lambda: MiniBlocks(largest=4)(_layer(nn.Linear(6, 3).double(), Kind.MATRIX)),
     Rows: lambda: MiniBlocks(averaged=False, largest=4)(_layer(nn.Linear(6, 3).double(), Kind.MATRIX)),
     Kernels: lambda: MiniBlocks()(_layer(nn.Conv2d(2, 3, 2).double(), Kind.KERNELS)),
+    Kronecker: lambda: KroneckerFactors()(_layer(nn.Linear(6, 3).double(), Kind.MATRIX)),
+    KroneckerPatches: lambda: KroneckerFactors()(_layer(nn.Conv2d(2, 3, 2).double(), Kind.KERNELS)),
     Entries: lambda: MiniBlocks()(_layer(nn.LayerNorm(4).double(), Kind.OTHER)),
 }
 LENGTHS: dict[type[Length], Callable[[], Length]] = {Natural: Natural, KLClip: KLClip, UnitEntries: UnitEntries}

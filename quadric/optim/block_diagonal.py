@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 
 from quadric.comm.communicator import Communicator, Solo
 from quadric.objective.memory import free
-from quadric.optim.blocks import Block, Seen, statistics_type
+from quadric.optim.blocks import Block, Call, Seen, statistics_type
+from quadric.optim.capture import Capture, examples
 from quadric.optim.damping import Damping, Fixed
 from quadric.optim.layers import Gradient, Layer, find_layers
 from quadric.optim.length import Length, UnitEntries
@@ -35,7 +37,7 @@ class Coverage:
         parameters: their names.
         block: the kind of the block.
         matrices: how many of what size.
-        why: what the layer is.
+        why: what the layer is, and where the block is not of the method's first choice, the reason.
         bytes: of statistics and inverses.
     """
 
@@ -101,6 +103,7 @@ class BlockDiagonal(torch.optim.Optimizer):
         patience: steps skipped in a row after which there is an error.
         communicator: of ranks that hold the same model and give it the same gradients, as DistributedDataParallel and
             an `Objective` do: each makes a part of the inverses, dealt out by cost, and has the others' from them.
+            Statistics of calls are the means of the ranks'.
 
     Attributes:
         coverage: which block each parameter has got, and why.
@@ -137,11 +140,33 @@ class BlockDiagonal(torch.optim.Optimizer):
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__([p for p in model.parameters() if p.requires_grad] if params is None else params, defaults)
         self.param_groups[0].update(damping=self.rule.initial, step=0, observed=0, skipped=0, skipped_in_a_row=0)
+        self._listen()
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy needs: the parts beside what torch keeps."""
         names = ("model", "block", "schedule", "length", "patience", "rule", "communicator", "_blocks")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._listen()
+
+    def _listen(self) -> None:
+        """Has the calls recorded that blocks ask for, on steps when statistics are due."""
+        due = weakref.WeakMethod(self._due)
+        layers = [block.layer for block in self._serving if block.wants_calls]
+        self._capture = Capture(self.model, layers, lambda: (method := due()) is not None and method())
+
+    def _due(self) -> bool:
+        return self.param_groups[0]["step"] % self.schedule.statistics == 0
+
+    @property
+    def _serving(self) -> list[Block]:
+        """The blocks; of a layer whose module was not called, the one that takes the place of its own."""
+        return [
+            block.otherwise if block.otherwise and "uncalled" in self.state.get(block.layer.weight, ()) else block
+            for block in self._blocks
+        ]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -164,10 +189,11 @@ class BlockDiagonal(torch.optim.Optimizer):
                 tuple(names[id(p)] for p in block.layer.parameters),
                 type(block).__name__,
                 block.shape,
-                f"{type(block.layer.module).__name__}: {block.layer.kind.value}",
+                f"{type(block.layer.module).__name__}: {block.layer.kind.value}"
+                + (f"; {block.reason}" if block.reason else ""),
                 _bytes(block),
             )
-            for block in self._blocks
+            for block in self._serving
         )
 
     @torch.no_grad()
@@ -184,17 +210,18 @@ class BlockDiagonal(torch.optim.Optimizer):
                 value = closure()
         elif not isinstance(self.rule, Fixed):
             raise ValueError(f"damping={self.rule}: it follows the loss after a step; call step(closure)")
-        shown = self._shown()
+        calls, shown = self._capture.take(), self._shown()
         if self._finite(shown):
             counts = self.param_groups[0]
             refreshes = self.schedule.refreshes(counts["step"])
-            if counts["step"] % self.schedule.statistics == 0:
-                self._observe(shown, self.schedule.share(counts["observed"]))
+            if self._due():
+                self._observe(shown, calls, self.schedule.share(counts["observed"]))
             if refreshes:
                 self._refresh()
             foreseen = self._move(shown)
             if refreshes and closure is not None and not isinstance(self.rule, Fixed):
                 self._adapt(closure, value, foreseen)
+                self._capture.clear()
             counts["step"] += 1
         return value
 
@@ -216,14 +243,23 @@ class BlockDiagonal(torch.optim.Optimizer):
 
         For each minibatch: ``optimizer.zero_grad()``, ``backward()``, ``optimizer.observe()``. All count the same.
         """
-        shown = self._shown()
+        if self._capture.layers and not self._due():
+            raise ValueError(
+                "observe() in a step when no statistics are due: calls of modules are not recorded then; call it "
+                "before the first step, or set statistics=1 in the schedule"
+            )
+        calls, shown = self._capture.take(), self._shown()
         if self._finite(shown):
-            self._observe(shown, 1 / (self.param_groups[0]["observed"] + 1))
+            self._observe(shown, calls, 1 / (self.param_groups[0]["observed"] + 1))
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        self._capture.clear()
 
     def _shown(self) -> list[tuple[Block, Gradient]]:
         """The blocks of layers that have a gradient."""
         shown: list[tuple[Block, Gradient]] = []
-        for block in self._blocks:
+        for block in self._serving:
             if all(p.grad is None for p in block.layer.parameters):
                 continue
             gradient = [torch.zeros_like(p) if p.grad is None else p.grad for p in block.layer.parameters]
@@ -256,15 +292,47 @@ class BlockDiagonal(torch.optim.Optimizer):
             )
         return False
 
-    def _observe(self, shown: Sequence[tuple[Block, Gradient]], share: float) -> None:
-        for block, gradient in shown:
-            block.observe(self.state[block.layer.weight], Seen(gradient), share)
+    def _observe(
+        self, shown: list[tuple[Block, Gradient]], calls: Mapping[Layer, Sequence[Call]], share: float
+    ) -> None:
+        called = self._called([len(calls.get(block.layer, ())) for block, _ in shown])
+        for place, ((block, gradient), heard) in enumerate(zip(shown, called, strict=True)):
+            numbers, found = self.state[block.layer.weight], calls.get(block.layer, ())
+            if heard or not block.wants_calls:
+                block.observe(numbers, Seen(gradient, found, examples(found)), share)
+                if block.wants_calls and self.communicator.size > 1:
+                    statistics = [x for name, x in numbers.items() if name.startswith("statistics_")]
+                    self.communicator.sum_(*statistics)
+                    torch._foreach_div_(statistics, self.communicator.size)
+            elif any(bool(g.any()) for g in gradient):
+                shown[place] = (self._replaced(block, gradient), gradient)
         self.param_groups[0]["observed"] += 1
+
+    def _called(self, calls: Sequence[int]) -> list[bool]:
+        """Of which layers there were calls, on any rank."""
+        if self.communicator.size == 1:
+            return [bool(count) for count in calls]
+        counts = torch.tensor(calls, dtype=torch.float64, device=self._blocks[0].layer.weight.device)
+        self.communicator.sum_(counts)
+        return [bool(count) for count in counts.tolist()]
+
+    def _replaced(self, block: Block, gradient: Gradient) -> Block:
+        """What takes the place of the block of a layer whose module was not called, though it has a gradient."""
+        assert block.otherwise is not None
+        logger.warning("%s: %s; it has %s", block.layer.name, block.otherwise.reason, type(block.otherwise).__name__)
+        numbers = self.state[block.layer.weight]
+        for name in [name for name in numbers if name.startswith(("statistics_", "inverse_"))]:
+            del numbers[name]
+        numbers["uncalled"] = torch.tensor(True)
+        block.otherwise.observe(numbers, Seen(gradient), 1.0)
+        block.otherwise.refresh(numbers, self.param_groups[0]["damping"])
+        self._listen()
+        return block.otherwise
 
     def _refresh(self) -> None:
         self._check_model()
         ranks, damping = self.communicator, self.param_groups[0]["damping"]
-        observed = [block for block in self._blocks if len(self.state[block.layer.weight])]
+        observed = [block for block in self._serving if len(self.state[block.layer.weight])]
         owners = deal([block.work for block in observed], ranks.size)
         for block, owner in zip(observed, owners, strict=True):
             if owner == ranks.rank:

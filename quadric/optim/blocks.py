@@ -18,6 +18,9 @@ from quadric.optim.layers import Gradient, Layer
 Numbers = dict[str, Tensor]
 """The statistics and inverses of one block, by name."""
 
+_STRIPE = 256
+"""Columns of a Gram matrix that are made at a time, of its lower half."""
+
 
 @dataclass(frozen=True)
 class Call:
@@ -26,10 +29,12 @@ class Call:
     Attributes:
         inputs: what the module was called with.
         cotangent: the gradient of the loss with respect to its output.
+        number: of the backward pass, where gradients of several are accumulated.
     """
 
     inputs: Tensor
     cotangent: Tensor
+    number: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,12 +58,16 @@ class Block(ABC):
     Attributes:
         layer: whose it is.
         wants_calls: whether `Seen.calls` must be there.
+        otherwise: of a block that wants calls, the block that takes its place if the layer's module is not called.
+        reason: why it is this one and not that of the method's name, where the kind of the layer does not say it.
     """
 
     wants_calls: bool = False
 
     def __init__(self, layer: Layer) -> None:
         self.layer = layer
+        self.otherwise: Block | None = None
+        self.reason = ""
 
     @property
     @abstractmethod
@@ -131,3 +140,22 @@ def power(matrices: Tensor, damping: Tensor, exponent: float) -> Tensor:
     values, vectors = torch.linalg.eigh(matrices.double())
     scaled = values.clamp(min=0.0).add_(damping.double().unsqueeze(-1)).pow_(exponent)
     return ((vectors * scaled.unsqueeze(-2)) @ vectors.mT).to(matrices.dtype)
+
+
+def gram_(S: Tensor, D: Tensor, keep: float, factor: float) -> None:
+    """S <- keep S + factor D'D, in the lower half alone but for squares along the diagonal."""
+    for first in range(0, len(S), _STRIPE):
+        last = first + _STRIPE
+        S[first:, first:last].addmm_(D[:, first:].T, D[:, first:last], beta=keep, alpha=factor)
+
+
+def started(numbers: Numbers, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
+    """The statistics of this name; zero if there are none yet."""
+    if name not in numbers:
+        numbers[name] = torch.zeros(shape, dtype=statistics_type(like), device=like.device)
+    return numbers[name]
+
+
+def shift_of(damping: float, mean: Tensor) -> Tensor:
+    """What is added to the diagonal: a share of its mean; of no curvature, the share itself."""
+    return torch.where(mean > 0, mean, torch.ones_like(mean)) * damping

@@ -16,11 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from quadric.optim.block_diagonal import BlockDiagonal
-from quadric.optim.blocks import Block, Numbers, Seen, inverse, power, statistics_type
+from quadric.optim.blocks import Block, Numbers, Seen, gram_, inverse, power, shift_of, started
 from quadric.optim.layers import Gradient, Kind, Layer
-
-_STRIPE = 256
-"""Columns of a Gram matrix that are made at a time, of its lower half."""
 
 
 @dataclass(frozen=True)
@@ -235,22 +232,3 @@ def cuts(layer: Layer, largest: int) -> list[int]:
     widths = [inputs // count + (k < inputs % count) for k in range(count)]
     widths[-1] += layer.bias is not None
     return widths
-
-
-def gram_(S: Tensor, D: Tensor, keep: float, factor: float) -> None:
-    """S <- keep S + factor D'D, in the lower half alone but for squares along the diagonal."""
-    for first in range(0, len(S), _STRIPE):
-        last = first + _STRIPE
-        S[first:, first:last].addmm_(D[:, first:].T, D[:, first:last], beta=keep, alpha=factor)
-
-
-def started(numbers: Numbers, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
-    """The statistics of this name; zero if there are none yet."""
-    if name not in numbers:
-        numbers[name] = torch.zeros(shape, dtype=statistics_type(like), device=like.device)
-    return numbers[name]
-
-
-def shift_of(damping: float, mean: Tensor) -> Tensor:
-    """What is added to the diagonal: a share of its mean; of no curvature, the share itself."""
-    return torch.where(mean > 0, mean, torch.ones_like(mean)) * damping

@@ -178,8 +178,6 @@ def test_damping_that_follows_the_loss() -> None:
 
 def test_blocks_that_memory_has_no_room_for() -> None:
     module = nn.Sequential(nn.Linear(4, 4), nn.Linear(30_000, 400, bias=False))
-    with pytest.raises(
-        ValueError, match=r"1\.weight alone takes .* for 400 of 30,000 x 30,000: choose av"
-    ):
+    with pytest.raises(ValueError, match=r"1\.weight alone takes .* for 400 of 30,000 x 30,000: choose av"):
         mini_block_fisher(module, blocks=MiniBlocks(averaged=False, largest=30_000))
     assert len(mini_block_fisher(module).coverage) == 2
