@@ -37,6 +37,7 @@ from quadric.objective.curvature import CurvatureOperator
 from quadric.objective.objective import Objective
 from quadric.optim.block_diagonal import BlockDiagonal
 from quadric.optim.blocks import Block
+from quadric.optim.contraction import Flattening, Tensors
 from quadric.optim.damping import AfterRejection, Damping, Fixed, LevenbergMarquardt
 from quadric.optim.descent import NGHF, Descent, NaturalGradient, NewtonCG
 from quadric.optim.kfac import Kronecker, KroneckerFactors, KroneckerPatches, kfac
@@ -47,6 +48,8 @@ from quadric.optim.precondition import LBFGS, FisherDiagonal, Preconditioner, Sh
 from quadric.optim.sampling import FixedSizes, GeometricSizes, Sampler, VarianceTested
 from quadric.optim.search import Backtracking, BestIterate, Search
 from quadric.optim.second_order import SecondOrder, hessian_free, natural_gradient, nghf
+from quadric.optim.shampoo import Shampoo, shampoo
+from quadric.optim.tnt import TNT, tnt
 from quadric.space import ParameterSpace
 from quadric.stopwatch import Stopwatch
 from reference import dense
@@ -269,6 +272,10 @@ FAMILY: dict[str, Callable[..., BlockDiagonal]] = {
     "mini_block_fisher, root": partial(mini_block_fisher, blocks=MiniBlocks(exponent=-0.5), length=KLClip()),
     "kfac": kfac,
     "kfac, reduce": partial(kfac, factors=KroneckerFactors(sharing="reduce")),
+    "shampoo": shampoo,
+    "shampoo, small factors": partial(shampoo, exponent=-1.0, tensors=Tensors(largest=4, vectors=3)),
+    "tnt": tnt,
+    "tnt, bias in the matrix": partial(tnt, tensors=Tensors(Flattening.POSITIONS, joined=True)),
 }
 
 
@@ -283,5 +290,7 @@ BLOCKS: dict[type[Block], Callable[[], Block]] = {
     Kronecker: lambda: KroneckerFactors()(_layer(nn.Linear(6, 3).double(), Kind.MATRIX)),
     KroneckerPatches: lambda: KroneckerFactors()(_layer(nn.Conv2d(2, 3, 2).double(), Kind.KERNELS)),
     Entries: lambda: MiniBlocks()(_layer(nn.LayerNorm(4).double(), Kind.OTHER)),
+    Shampoo: lambda: Shampoo(_layer(nn.Conv2d(2, 3, 2).double(), Kind.KERNELS), Tensors(largest=3, vectors=2)),
+    TNT: lambda: TNT(_layer(nn.Linear(6, 3).double(), Kind.MATRIX), Tensors(joined=True)),
 }
 LENGTHS: dict[type[Length], Callable[[], Length]] = {Natural: Natural, KLClip: KLClip, UnitEntries: UnitEntries}
