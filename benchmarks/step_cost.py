@@ -29,6 +29,7 @@ from torch.nn import functional
 
 from common import Table, now
 from quadric.optim.block_diagonal import BlockDiagonal, Schedule
+from quadric.optim.kfac import kfac
 from quadric.optim.mini_block import mini_block_fisher
 
 WINDOW = 20
@@ -128,11 +129,10 @@ class Method:
 
 def _ours() -> list[Method]:
     methods = []
-    for t1, t2 in ((1, 20), (10, 100)):
-        schedule = Schedule(statistics=t1, inverses=t2)
-        methods.append(
-            Method("mini-block Fisher", t1, t2, lambda m, s=schedule: mini_block_fisher(m, lr=RATE, schedule=s))
-        )
+    for name, build in (("mini-block Fisher", mini_block_fisher), ("KFAC", kfac)):
+        for t1, t2 in ((1, 20), (10, 100)):
+            schedule = Schedule(statistics=t1, inverses=t2)
+            methods.append(Method(name, t1, t2, lambda m, s=schedule, build=build: build(m, lr=RATE, schedule=s)))
     return methods
 
 
