@@ -42,7 +42,17 @@ from quadric.optim.descent import NGHF, Descent, NaturalGradient, NewtonCG
 from quadric.optim.kfac import Kronecker, KroneckerFactors, KroneckerPatches, kfac
 from quadric.optim.layers import Kind, Layer
 from quadric.optim.length import KLClip, Length, Natural, UnitEntries
-from quadric.optim.mini_block import Averaged, Entries, Kernels, MiniBlocks, Rows, mini_block_fisher
+from quadric.optim.mini_block import (
+    Averaged,
+    Entries,
+    ExampleAveraged,
+    ExampleKernels,
+    ExampleRows,
+    Kernels,
+    MiniBlocks,
+    Rows,
+    mini_block_fisher,
+)
 from quadric.optim.precondition import LBFGS, FisherDiagonal, Preconditioner, SharedCounts
 from quadric.optim.sampling import FixedSizes, GeometricSizes, Sampler, VarianceTested
 from quadric.optim.search import Backtracking, BestIterate, Search
@@ -267,6 +277,10 @@ FAMILY: dict[str, Callable[..., BlockDiagonal]] = {
     "mini_block_fisher": mini_block_fisher,
     "mini_block_fisher, a block a row": partial(mini_block_fisher, blocks=MiniBlocks(averaged=False, largest=5)),
     "mini_block_fisher, root": partial(mini_block_fisher, blocks=MiniBlocks(exponent=-0.5), length=KLClip()),
+    "mini_block_fisher, per example": partial(mini_block_fisher, blocks=MiniBlocks(per_example=True)),
+    "mini_block_fisher, a block a row, per example": partial(
+        mini_block_fisher, blocks=MiniBlocks(averaged=False, per_example=True)
+    ),
     "kfac": kfac,
     "kfac, reduce": partial(kfac, factors=KroneckerFactors(sharing="reduce")),
 }
@@ -282,6 +296,9 @@ BLOCKS: dict[type[Block], Callable[[], Block]] = {
     Kernels: lambda: MiniBlocks()(_layer(nn.Conv2d(2, 3, 2).double(), Kind.KERNELS)),
     Kronecker: lambda: KroneckerFactors()(_layer(nn.Linear(6, 3).double(), Kind.MATRIX)),
     KroneckerPatches: lambda: KroneckerFactors()(_layer(nn.Conv2d(2, 3, 2).double(), Kind.KERNELS)),
+    ExampleAveraged: lambda: MiniBlocks(per_example=True)(_layer(nn.Linear(6, 3).double(), Kind.MATRIX)),
+    ExampleRows: lambda: MiniBlocks(False, per_example=True)(_layer(nn.Linear(6, 3).double(), Kind.MATRIX)),
+    ExampleKernels: lambda: MiniBlocks(per_example=True)(_layer(nn.Conv2d(2, 3, 2).double(), Kind.KERNELS)),
     Entries: lambda: MiniBlocks()(_layer(nn.LayerNorm(4).double(), Kind.OTHER)),
 }
 LENGTHS: dict[type[Length], Callable[[], Length]] = {Natural: Natural, KLClip: KLClip, UnitEntries: UnitEntries}

@@ -71,7 +71,7 @@ class Capture:
 
     def take(self) -> Mapping[Layer, list[Call]]:
         """The calls since the last time, of the layers that have any."""
-        calls = {self.layers[place]: found for place, found in self._calls.items()}
+        calls = {self.layers[place]: found for place, found in sorted(self._calls.items())}
         self.clear()
         return calls
 

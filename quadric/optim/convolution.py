@@ -75,19 +75,17 @@ class Patches:
         """The weight of a matrix as by `matrix`."""
         return matrix.unflatten(1, (self.height.size, -1, self.width.size)).transpose(1, 2).reshape(like.shape)
 
-    def of_examples(self, x: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """A few examples at a time, and their patches ``[n, T, entries]``."""
+    def rows(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The patches ``[N, T, entries]``."""
         x = self.padded(x)
         heights, widths = self.height.outputs(x.shape[2]), self.width.outputs(x.shape[3])
-        rows, columns = range(self.height.size), range(self.width.size)
-        for some in chunks(len(x), x.shape[1] * len(rows) * len(columns) * heights * widths):
-            part = x[some]
-            laid = part.new_empty((len(part), heights, widths, len(rows), part.shape[1], len(columns)), dtype=dtype)
-            for i in rows:
-                for j in columns:
-                    seen = part[:, :, self.height.places(i, heights), self.width.places(j, widths)]
-                    laid[:, :, :, i, :, j] = seen.permute(0, 2, 3, 1)
-            yield some, laid.flatten(3).flatten(1, 2)
+        shape = (len(x), heights, widths, self.height.size, x.shape[1], self.width.size)
+        laid = x.new_empty(shape, dtype=dtype)
+        for i in range(self.height.size):
+            for j in range(self.width.size):
+                met = x[:, :, self.height.places(i, heights), self.width.places(j, widths)]
+                laid[:, :, :, i, :, j] = met.permute(0, 2, 3, 1)
+        return laid.flatten(3).flatten(1, 2)
 
     def gram_(self, S: Tensor, x: Tensor, keep: float, factor: float) -> None:
         """S <- keep S + factor sum p p' over all patches p, in the lower half alone but for squares along the diagonal.

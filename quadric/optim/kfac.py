@@ -21,6 +21,7 @@ from quadric.optim.capture import UNCALLED, obstacle
 from quadric.optim.convolution import Patches
 from quadric.optim.layers import Gradient, Layer
 from quadric.optim.mini_block import MiniBlocks
+from quadric.optim.per_example import passes
 
 
 @dataclass(frozen=True)
@@ -157,13 +158,7 @@ class Kronecker(Block):
     def _reduced(self, calls: Sequence[Call], dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
         """Of each pass the mean input over the positions of each example, and the sum of the gradients."""
         pairs = []
-        for number in dict.fromkeys(call.number for call in calls):
-            own = [call for call in calls if call.number == number]
-            if len({len(call.inputs) for call in own}) > 1:
-                raise ValueError(
-                    f"sharing='reduce': {self.layer.name} is called with {[len(call.inputs) for call in own]} examples "
-                    "in one pass, of which none has another's positions: give sharing='expand'"
-                )
+        for own in passes(self.layer, calls, "give sharing='expand'"):
             sums, totals = zip(*(self._sums(call, dtype) for call in own), strict=True)
             positions = sum(call.cotangent[0].numel() for call in own) / self.outputs
             pairs.append((torch.stack(sums).sum(0) / positions, torch.stack(totals).sum(0)))

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from quadric.optim.block_diagonal import BlockDiagonal
-from quadric.optim.blocks import Block, Numbers, Seen, gram_, inverse, power, shift_of, started
+from quadric.optim.blocks import Block, Numbers, Seen, gram_, inverse, power, shift_of, started, statistics_type
+from quadric.optim.capture import UNCALLED, obstacle
 from quadric.optim.layers import Gradient, Kind, Layer
+from quadric.optim.per_example import factors_of_examples
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,15 @@ class MiniBlocks:
         largest: inputs of a block of a matrix at most; wider ones are cut into blocks of about equal width. Costs fall
             in proportion; on autoencoders the loss for steps is the same down to 64.
         exponent: of the inverse: -1, or -1/2 for its square root.
+        per_example: blocks of the gradients of single examples, the mean of their outer products (the empirical
+            Fisher matrix), instead of those of the batch's gradient. Where a layer's calls do not show them, of the
+            batch's.
     """
 
     averaged: bool = True
     largest: int = 256
     exponent: float = -1.0
+    per_example: bool = False
 
     def __post_init__(self) -> None:
         if self.exponent not in (-1.0, -0.5):
@@ -43,8 +49,24 @@ class MiniBlocks:
 
     def __call__(self, layer: Layer) -> Block:
         if layer.kind is Kind.MATRIX:
-            return Averaged(layer, self) if self.averaged else Rows(layer, self)
-        return Kernels(layer, self) if layer.kind is Kind.KERNELS else Entries(layer, self)
+            block: Block = Averaged(layer, self) if self.averaged else Rows(layer, self)
+        else:
+            block = Kernels(layer, self) if layer.kind is Kind.KERNELS else Entries(layer, self)
+        return self._of_examples(layer, block) if self.per_example else block
+
+    def _of_examples(self, layer: Layer, otherwise: Block) -> Block:
+        reason = obstacle(layer)
+        why = UNCALLED if reason is None else reason
+        otherwise.reason = f"{why}: of the batch's gradient" if why else "of the batch's gradient"
+        if reason is not None:
+            return otherwise
+        block: Block
+        if layer.kind is Kind.MATRIX:
+            block = ExampleAveraged(layer, self) if self.averaged else ExampleRows(layer, self)
+        else:
+            block = ExampleKernels(layer, self)
+        block.otherwise = otherwise
+        return block
 
     def inverted(self, matrices: Tensor, damping: Tensor) -> Tensor:
         """The damped inverses, or their roots."""
@@ -223,6 +245,64 @@ class Averaged(Block):
         columns = [[D] for D in weight.flatten(1).split(widths, 1)]
         columns[-1] += bias
         return columns
+
+
+class ExampleRows(Rows):
+    """S_o = 1/N sum_n d_no d_no' of the rows d_no of the gradient of each of N examples."""
+
+    wants_calls = True
+
+    def observe(self, numbers: Numbers, seen: Seen, share: float) -> None:
+        _observe_examples(self, numbers, seen, share)
+
+    def of_examples(self, D: Tensor) -> list[Tensor]:
+        """As `parts`, ``[blocks, n, size]``, of gradients ``D [n, outputs, entries]``."""
+        return list(D.transpose(0, 1).split(self.cuts, 2))
+
+
+class ExampleKernels(Kernels):
+    """The same of each kernel of a convolution, and of its biases."""
+
+    wants_calls = True
+
+    def observe(self, numbers: Numbers, seen: Seen, share: float) -> None:
+        _observe_examples(self, numbers, seen, share)
+
+    def of_examples(self, D: Tensor) -> list[Tensor]:
+        weight = self.layer.weight
+        entries, height = weight[0].numel(), weight.shape[2]
+        kernels = D[:, :, :entries].unflatten(2, (height, weight.shape[1], -1)).transpose(2, 3)
+        parts = [kernels.flatten(3).flatten(1, 2).transpose(0, 1)]
+        return parts if self.layer.bias is None else [*parts, D[:, :, -1].T.unsqueeze(2)]
+
+
+def _observe_examples(block: ExampleRows | ExampleKernels, numbers: Numbers, seen: Seen, share: float) -> None:
+    keep, dtype = 1 - share, statistics_type(block.layer.weight)
+    for a, g in factors_of_examples(block.layer, seen.calls, dtype, wide=True):
+        for k, d in enumerate(block.of_examples(g.mT @ a)):
+            S = started(numbers, f"statistics_{k}", (len(d), d.shape[2], d.shape[2]), block.layer.weight)
+            S.baddbmm_(d.mT, d, beta=keep, alpha=share * seen.examples)
+        keep = 1.0
+
+
+class ExampleAveraged(Averaged):
+    """S = 1/(N O) sum_n D_n' D_n of the gradients D_n of N examples, with O outputs."""
+
+    wants_calls = True
+
+    def observe(self, numbers: Numbers, seen: Seen, share: float) -> None:
+        weight, keep = self.layer.weight, 1 - share
+        positions = max(call.cotangent[0].numel() for call in seen.calls) // len(weight)
+        whole = positions > len(weight)
+        for a, g in factors_of_examples(self.layer, seen.calls, statistics_type(weight), wide=whole):
+            # D = g'a, and D'D = a'(g g')a
+            left = (g.mT @ a if whole else a).flatten(0, 1)
+            right = left if whole else ((g @ g.mT) @ a).flatten(0, 1)
+            pairs = zip(left.split(self.cuts, 1), right.split(self.cuts, 1), strict=True)
+            for k, (one, other) in enumerate(pairs):
+                S = started(numbers, f"statistics_{k}", (self.cuts[k], self.cuts[k]), weight)
+                S.addmm_(one.T, other, beta=keep, alpha=share * seen.examples / len(weight))
+            keep = 1.0
 
 
 def cuts(layer: Layer, largest: int) -> list[int]:

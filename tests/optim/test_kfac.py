@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import pytest
 import torch
@@ -23,32 +22,13 @@ from quadric.optim.layers import find_layers
 from quadric.optim.length import Natural
 from reference import dense, kronecker
 
-Modules = dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]]
-
-LAYERS: Modules = {
-    "linear": (partial(nn.Linear, 5, 3), (6, 5)),
-    "linear without bias": (partial(nn.Linear, 5, 3, bias=False), (6, 5)),
-    "positions": (partial(nn.Linear, 5, 3), (4, 2, 3, 5)),
-    "conv1d": (partial(nn.Conv1d, 2, 3, 3, padding=1), (3, 2, 7)),
-    "conv1d, dilated": (partial(nn.Conv1d, 2, 3, 3, dilation=2, bias=False), (3, 2, 9)),
-    "conv1d, long": (partial(nn.Conv1d, 2, 3, 4, dilation=3), (3, 2, 30)),
-    "conv1d, 1": (partial(nn.Conv1d, 2, 3, 1, stride=2, padding=1), (3, 2, 5)),
-    "conv2d": (partial(nn.Conv2d, 2, 3, 3, padding=1), (3, 2, 5, 6)),
-    "conv2d, strided": (partial(nn.Conv2d, 2, 3, (3, 2), stride=(2, 3), padding=(1, 0)), (3, 2, 7, 8)),
-    "conv2d, dilated": (partial(nn.Conv2d, 2, 3, (2, 3), dilation=(3, 2), padding="same"), (3, 2, 8, 7)),
-    "conv2d, small": (partial(nn.Conv2d, 2, 3, 3), (3, 2, 3, 4)),
-    "conv2d, circular": (partial(nn.Conv2d, 2, 3, 3, padding=1, padding_mode="circular"), (3, 2, 4, 5)),
-    "conv2d, 1 x 1": (partial(nn.Conv2d, 2, 3, 1, stride=2), (3, 2, 4, 5)),
-}
-
-
-def wave(output: Tensor, target: Tensor) -> Tensor:
-    """A loss that is not quadratic, the mean over the batch."""
-    return (output * target).tanh().flatten(1).sum(1).mean()
-
 
 def observed(
-    model: nn.Module, x: Tensor, y: Tensor, factors: KroneckerFactors, loss: Callable[[Tensor, Tensor], Tensor] = wave
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    factors: KroneckerFactors,
+    loss: Callable[[Tensor, Tensor], Tensor] = kronecker.wave,
 ) -> BlockDiagonal:
     optimizer = kfac(model, factors=factors, length=Natural(), momentum=0.0, damping=0.1)
     loss(model(x), y).backward()
@@ -80,7 +60,7 @@ def weight_shaped(module: nn.Module) -> Tensor:
     return D if module.bias is None else torch.cat([D, module.bias.grad[:, None]], 1)
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", kronecker.LAYERS)
 @settings(max_examples=20)
 @given(
     seed=st.integers(0, 2**31),
@@ -91,7 +71,7 @@ def weight_shaped(module: nn.Module) -> Tensor:
 def test_factors_and_direction_are_those_of_a_loop_over_examples(
     name: str, seed: int, sharing: str, pi: str, damping: float
 ) -> None:
-    build, shape = LAYERS[name]
+    build, shape = kronecker.LAYERS[name]
     layer = build().double()
     model = nn.Sequential(layer)
     x = draw(*shape, seed=seed)
@@ -105,12 +85,12 @@ def test_factors_and_direction_are_those_of_a_loop_over_examples(
         factors=KroneckerFactors(sharing=sharing, pi=pi),  # type: ignore[arg-type]
     )
     before = {key: p.detach().clone() for key, p in layer.named_parameters()}
-    wave(model(x), y).backward()
+    kronecker.wave(model(x), y).backward()
     optimizer.step()
     D = weight_shaped(layer)
     moved = [before[key] - p.detach() for key, p in layer.named_parameters()]
 
-    A, G = kronecker.factors(kronecker.uses(nn.Sequential(_put(layer, before)), "0", x, y, wave), sharing)
+    A, G = kronecker.factors(kronecker.uses(nn.Sequential(_put(layer, before)), "0", x, y, kronecker.wave), sharing)
     (block,) = optimizer._blocks
     made = statistics(optimizer, layer.weight)
     torch.testing.assert_close(in_order(block, made[0]), A)
@@ -147,7 +127,7 @@ def test_layers_that_are_called_at_every_step_have_the_factors_of_all_calls(
     optimizer = observed(model, x, y, KroneckerFactors(sharing=sharing))  # type: ignore[arg-type]
     assert all(type(block) is Kronecker for block in optimizer._serving)
     for name, module in [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]:
-        expected = kronecker.factors(kronecker.uses(model, name, x, y, wave), sharing)
+        expected = kronecker.factors(kronecker.uses(model, name, x, y, kronecker.wave), sharing)
         for made, right in zip(statistics(optimizer, module.weight), expected, strict=True):
             torch.testing.assert_close(made, right)
 
@@ -187,7 +167,7 @@ def test_of_deep_linear_networks_the_product_is_the_gauss_newton_matrix() -> Non
 
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 def test_the_same_examples_twice_have_the_same_factors(sharing: str) -> None:
-    for build, shape in LAYERS.values():
+    for build, shape in kronecker.LAYERS.values():
         made = []
         for times in (1, 2):
             torch.manual_seed(0)
@@ -208,7 +188,7 @@ def test_accumulated_passes_are_one_batch(sharing: str) -> None:
         model = nn.Sequential(nn.Conv1d(2, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(12, 4)).double()
         optimizer = kfac(model, factors=KroneckerFactors(sharing=sharing))  # type: ignore[arg-type]
         for x, y in zip(draw(6, 2, 5).chunk(parts), draw(6, 4, seed=1).chunk(parts), strict=True):
-            (wave(model(x), y) / parts).backward()
+            (kronecker.wave(model(x), y) / parts).backward()
         optimizer.observe()
         made.append([*statistics(optimizer, model[0].weight), *statistics(optimizer, model[3].weight)])
     for once, parted in zip(*made, strict=True):
@@ -345,7 +325,7 @@ def test_the_scale_of_the_loss_is_no_matter_where_each_factor_has_its_share_of_d
         optimizer = kfac(model, lr=0.01)
         for step in range(4):
             optimizer.zero_grad()
-            (scale * wave(model(draw(8, 4, seed=step)), draw(8, 3, seed=9))).backward()
+            (scale * kronecker.wave(model(draw(8, 4, seed=step)), draw(8, 3, seed=9))).backward()
             optimizer.step()
         ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     torch.testing.assert_close(ends[0], ends[1])

@@ -3,10 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (partial(nn.Linear, 5, 3), (6, 5)),
+    "linear without bias": (partial(nn.Linear, 5, 3, bias=False), (6, 5)),
+    "positions": (partial(nn.Linear, 5, 3), (4, 2, 3, 5)),
+    "conv1d": (partial(nn.Conv1d, 2, 3, 3, padding=1), (3, 2, 7)),
+    "conv1d, dilated": (partial(nn.Conv1d, 2, 3, 3, dilation=2, bias=False), (3, 2, 9)),
+    "conv1d, long": (partial(nn.Conv1d, 2, 3, 4, dilation=3), (3, 2, 30)),
+    "conv1d, 1": (partial(nn.Conv1d, 2, 3, 1, stride=2, padding=1), (3, 2, 5)),
+    "conv2d": (partial(nn.Conv2d, 2, 3, 3, padding=1), (3, 2, 5, 6)),
+    "conv2d, strided": (partial(nn.Conv2d, 2, 3, (3, 2), stride=(2, 3), padding=(1, 0)), (3, 2, 7, 8)),
+    "conv2d, dilated": (partial(nn.Conv2d, 2, 3, (2, 3), dilation=(3, 2), padding="same"), (3, 2, 8, 7)),
+    "conv2d, small": (partial(nn.Conv2d, 2, 3, 3), (3, 2, 3, 4)),
+    "conv2d, circular": (partial(nn.Conv2d, 2, 3, 3, padding=1, padding_mode="circular"), (3, 2, 4, 5)),
+    "conv2d, 1 x 1": (partial(nn.Conv2d, 2, 3, 1, stride=2), (3, 2, 4, 5)),
+}
+"""Layers, each with the shape of a batch for it."""
+
+
+def wave(output: Tensor, target: Tensor) -> Tensor:
+    """A loss that is not quadratic, the mean over the batch."""
+    return (output * target).tanh().flatten(1).sum(1).mean()
+
 
 Uses = list[tuple[Tensor, Tensor]]
 """Of one example, the inputs ``[entries]`` of a layer and the gradient ``[outputs]``, at every position."""
