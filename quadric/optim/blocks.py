@@ -85,6 +85,10 @@ class Block(ABC):
         """Multiplications of a refresh, roughly: by these the blocks are dealt out to ranks."""
 
     @abstractmethod
+    def mean_curvature(self, numbers: Numbers) -> Tensor:
+        """The mean of the diagonal of the layer's matrix, of which damping is a share."""
+
+    @abstractmethod
     def observe(self, numbers: Numbers, seen: Seen, share: float) -> None:
         """Moves the statistics towards those of a step: S <- (1 - share) S + share S_new. The first are zero."""
 

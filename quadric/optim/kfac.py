@@ -139,6 +139,10 @@ class Kronecker(Block):
             gram_(G, self._at_outputs(call.cotangent).to(G.dtype), keep, share * seen.examples)
             keep = 1.0
 
+    def mean_curvature(self, numbers: Numbers) -> Tensor:
+        A, G = numbers["statistics_A"], numbers["statistics_G"]
+        return A.trace() * G.trace() / (len(A) * len(G))
+
     def refresh(self, numbers: Numbers, damping: float) -> None:
         A, G = numbers["statistics_A"], numbers["statistics_G"]
         of_A, of_G = A.trace() / len(A), G.trace() / len(G)
