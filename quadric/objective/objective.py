@@ -263,11 +263,8 @@ class Objective:
         for parameter in self.space.parameters:
             parameter.grad = None
         total = self._zero()
-        with torch.enable_grad():
-            for inputs, target, seed in self._stream(self._gradient):
-                value = self.loss(self._output(inputs, seed), target)
-                (value / self.frames).backward()
-                total += value.detach()
+        for value in self.passes(Data.GRADIENT):
+            total += value
         self._sum_gradients(total)
         mean = total / self.frames
         if self.anchor is None:
@@ -276,6 +273,27 @@ class Objective:
         for parameter, pull in zip(self.space.parameters, self.space.split(self.anchor.gradient(theta)), strict=True):
             parameter.grad = pull if parameter.grad is None else parameter.grad + pull
         return mean + self.anchor.value(theta)
+
+    def batches(self, data: Data) -> int:
+        """The number of micro-batches of this rank."""
+        return len(self._gradient if data is Data.GRADIENT else self._curvature)
+
+    def passes(self, data: Data) -> Iterator[Tensor]:
+        """Forward and reverse passes of the model where it stands, one for each micro-batch of this rank.
+
+        Gradients of the mean loss over the frames of all ranks are added to the parameters'. For those who listen to
+        the model's modules.
+
+        Yields:
+            the loss of the micro-batch, a sum over its frames.
+        """
+        on_gradient = data is Data.GRADIENT
+        frames = self.frames if on_gradient else self.curvature_frames
+        for inputs, target, seed in self._stream(self._gradient if on_gradient else self._curvature):
+            with torch.enable_grad():
+                value = self.loss(self._output(inputs, seed), target)
+                (value / frames).backward()
+            yield value.detach()
 
     def _sum_gradients(self, total: Tensor) -> None:
         """Sums the parameters' gradients and ``total`` over the ranks; what no rank has a gradient of keeps none."""

@@ -17,8 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quadric.comm.communicator import Communicator, Solo
+from quadric.objective.memory import free
 from quadric.optim.blocks import Block, Call, Seen, statistics_type
 from quadric.optim.capture import Capture, examples
+from quadric.optim.damping import Damping, Fixed
 from quadric.optim.layers import Gradient, Layer, find_layers
 from quadric.optim.length import Length, UnitEntries
 from quadric.options import check_whole
@@ -92,10 +95,15 @@ class BlockDiagonal(torch.optim.Optimizer):
         block: gives a layer its block.
         params: parameters or groups of ``model``; None: all that are trainable.
         lr, momentum, weight_decay: defaults of the groups.
-        damping: added to a block's diagonal, as a share of its layer's mean curvature; kept in the first group.
+        damping: added to a block's diagonal, as a share of its layer's mean curvature; kept in the first group. A rule,
+            such as `LevenbergMarquardt`, makes it follow the ratio of the actual to the foreseen reduction, which steps
+            that make inverses measure by the closure; it is for lengths that are `Natural` or near it.
         schedule: when statistics and inverses are made.
         length: of the steps.
         patience: steps skipped in a row after which there is an error.
+        communicator: of ranks that hold the same model and give it the same gradients, as DistributedDataParallel and
+            an `Objective` do: each makes a part of the inverses, dealt out by cost, and has the others' from them.
+            Statistics of calls are the means of the ranks'.
 
     Attributes:
         coverage: which block each parameter has got, and why.
@@ -113,27 +121,30 @@ class BlockDiagonal(torch.optim.Optimizer):
         lr: float,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
-        damping: float = 0.03,
+        damping: float | Damping = 0.03,
         schedule: Schedule = Schedule(),
         length: Length = UnitEntries(),
         patience: int = 10,
+        communicator: Communicator = Solo(),
     ) -> None:
         _check_rates(lr=lr, momentum=momentum, weight_decay=weight_decay)
-        if not 0 < damping < math.inf:
+        self.rule = damping if isinstance(damping, Damping) else Fixed(damping)
+        if not self.rule.initial > 0:
             raise ValueError(f"damping={damping}: must be positive: statistics of few steps have no inverse without it")
         check_whole(patience=patience)
         if patience < 1:
             raise ValueError(f"patience={patience}: give a number of steps, 1 at least")
         self.model, self.block, self.schedule, self.length, self.patience = model, block, schedule, length, patience
+        self.communicator = communicator
         self._blocks: list[Block] = []
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__([p for p in model.parameters() if p.requires_grad] if params is None else params, defaults)
-        self.param_groups[0].update(damping=damping, step=0, observed=0, skipped=0, skipped_in_a_row=0)
+        self.param_groups[0].update(damping=self.rule.initial, step=0, observed=0, skipped=0, skipped_in_a_row=0)
         self._listen()
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy needs: the parts beside what torch keeps."""
-        names = ("model", "block", "schedule", "length", "patience", "_blocks")
+        names = ("model", "block", "schedule", "length", "patience", "rule", "communicator", "_blocks")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -168,6 +179,7 @@ class BlockDiagonal(torch.optim.Optimizer):
         self._blocks = [known[layer.parameters] if layer.parameters in known else self.block(layer) for layer in layers]
         for parameters in known.keys() - {layer.parameters for layer in layers}:
             self.state.pop(parameters[0], None)  # the layer has another parameter now, and begins anew
+        self._check_memory([block for block in self._blocks if block.layer.parameters not in known])
 
     @property
     def coverage(self) -> tuple[Coverage, ...]:
@@ -179,7 +191,7 @@ class BlockDiagonal(torch.optim.Optimizer):
                 block.shape,
                 f"{type(block.layer.module).__name__}: {block.layer.kind.value}"
                 + (f"; {block.reason}" if block.reason else ""),
-                block.elements * statistics_type(block.layer.weight).itemsize,
+                _bytes(block),
             )
             for block in self._serving
         )
@@ -196,16 +208,34 @@ class BlockDiagonal(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 value = closure()
+        elif not isinstance(self.rule, Fixed):
+            raise ValueError(f"damping={self.rule}: it follows the loss after a step; call step(closure)")
         calls, shown = self._capture.take(), self._shown()
         if self._finite(shown):
             counts = self.param_groups[0]
+            refreshes = self.schedule.refreshes(counts["step"])
             if self._due():
                 self._observe(shown, calls, self.schedule.share(counts["observed"]))
-            if self.schedule.refreshes(counts["step"]):
+            if refreshes:
                 self._refresh()
-            self._move(shown)
+            foreseen = self._move(shown)
+            if refreshes and closure is not None and not isinstance(self.rule, Fixed):
+                self._adapt(closure, value, foreseen)
+                self._capture.clear()
             counts["step"] += 1
         return value
+
+    def _adapt(self, closure: Callable[[], Any], before: Any, foreseen: float) -> None:
+        """The next damping, by what the loss is after the step: on the same data, without keeping its gradient."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        gradients = [p.grad for p in params]
+        with torch.enable_grad():
+            change = float(closure()) - float(before)
+        for p, g in zip(params, gradients, strict=True):
+            p.grad = g
+        self.param_groups[0]["damping"] = self.rule.update(
+            self.param_groups[0]["damping"], change / foreseen if foreseen < 0 else math.nan
+        )
 
     @torch.no_grad()
     def observe(self) -> None:
@@ -265,13 +295,26 @@ class BlockDiagonal(torch.optim.Optimizer):
     def _observe(
         self, shown: list[tuple[Block, Gradient]], calls: Mapping[Layer, Sequence[Call]], share: float
     ) -> None:
-        for place, (block, gradient) in enumerate(shown):
-            found = calls.get(block.layer, ())
-            if found or not block.wants_calls:
-                block.observe(self.state[block.layer.weight], Seen(gradient, found, examples(found)), share)
+        called = self._called([len(calls.get(block.layer, ())) for block, _ in shown])
+        for place, ((block, gradient), heard) in enumerate(zip(shown, called, strict=True)):
+            numbers, found = self.state[block.layer.weight], calls.get(block.layer, ())
+            if heard or not block.wants_calls:
+                block.observe(numbers, Seen(gradient, found, examples(found)), share)
+                if block.wants_calls and self.communicator.size > 1:
+                    statistics = [x for name, x in numbers.items() if name.startswith("statistics_")]
+                    self.communicator.sum_(*statistics)
+                    torch._foreach_div_(statistics, self.communicator.size)
             elif any(bool(g.any()) for g in gradient):
                 shown[place] = (self._replaced(block, gradient), gradient)
         self.param_groups[0]["observed"] += 1
+
+    def _called(self, calls: Sequence[int]) -> list[bool]:
+        """Of which layers there were calls, on any rank."""
+        if self.communicator.size == 1:
+            return [bool(count) for count in calls]
+        counts = torch.tensor(calls, dtype=torch.float64, device=self._blocks[0].layer.weight.device)
+        self.communicator.sum_(counts)
+        return [bool(count) for count in counts.tolist()]
 
     def _replaced(self, block: Block, gradient: Gradient) -> Block:
         """What takes the place of the block of a layer whose module was not called, though it has a gradient."""
@@ -288,12 +331,22 @@ class BlockDiagonal(torch.optim.Optimizer):
 
     def _refresh(self) -> None:
         self._check_model()
-        for block in self._serving:
-            numbers = self.state[block.layer.weight]
-            if len(numbers):
-                block.refresh(numbers, self.param_groups[0]["damping"])
+        ranks, damping = self.communicator, self.param_groups[0]["damping"]
+        observed = [block for block in self._serving if len(self.state[block.layer.weight])]
+        owners = deal([block.work for block in observed], ranks.size)
+        for block, owner in zip(observed, owners, strict=True):
+            if owner == ranks.rank:
+                block.refresh(self.state[block.layer.weight], damping)
+        if ranks.size > 1:
+            for block, owner in zip(observed, owners, strict=True):
+                for inverse in block.inverses(self.state[block.layer.weight]):
+                    ranks.broadcast_(inverse, owner)
 
-    def _move(self, shown: Sequence[tuple[Block, Gradient]]) -> None:
+    def _move(self, shown: Sequence[tuple[Block, Gradient]]) -> float:
+        """Takes the step d; returns what is foreseen of it where damping adapts: g'd + d'(S + lambda) d / 2.
+
+        By the blocks, (S + lambda) P m = m.
+        """
         groups = {id(p): group for group in self.param_groups for p in group["params"]}
         momenta, steps = [], []
         for block, gradient in shown:
@@ -301,12 +354,17 @@ class BlockDiagonal(torch.optim.Optimizer):
             momenta.append([self._push(p, g, groups[id(p)]) for p, g in pairs])
             steps.append(block.apply(self.state[block.layer.weight], momenta[-1]))
         factors = self.length.factors(steps, momenta, max(group["lr"] for group in self.param_groups))
-        for (block, _), step, factor in zip(shown, steps, factors, strict=True):
-            for p, d in zip(block.layer.parameters, step, strict=True):
+        foreseen = 0.0
+        for (block, gradient), momentum, step, factor in zip(shown, momenta, steps, factors, strict=True):
+            for p, g, m, d in zip(block.layer.parameters, gradient, momentum, step, strict=True):
                 group = groups[id(p)]
+                rate = group["lr"] * factor
+                if not isinstance(self.rule, Fixed):
+                    foreseen += rate * (0.5 * rate * float((m * d).sum()) - float((g * d).sum()))
                 if group["weight_decay"]:
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(d, alpha=-group["lr"] * factor)
+                p.add_(d, alpha=-rate)
+        return foreseen
 
     def _push(self, p: nn.Parameter, g: Tensor, group: dict[str, Any]) -> Tensor:
         """The momentum of a parameter, with its new gradient."""
@@ -316,6 +374,18 @@ class BlockDiagonal(torch.optim.Optimizer):
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(p, dtype=statistics_type(p), memory_format=torch.contiguous_format)
         return state["momentum"].mul_(group["momentum"]).add_(g)
+
+    def _check_memory(self, new: Sequence[Block]) -> None:
+        largest = max(new, key=_bytes, default=None)
+        if largest is None:
+            return
+        needed, left = sum(map(_bytes, new)), free(largest.layer.weight.device, self.communicator.size)
+        if needed > left:
+            raise ValueError(
+                f"the blocks take {needed / 2**30:.1f} GiB, {left / 2**30:.1f} GiB are free; {largest.layer.name} "
+                f"alone takes {_bytes(largest) / 2**30:.1f} for {largest.shape}: choose averaged blocks or a smaller "
+                "largest=, or leave it out of params"
+            )
 
     def _check_model(self) -> None:
         present = {id(p) for p in self.model.parameters()}
@@ -336,6 +406,23 @@ class BlockDiagonal(torch.optim.Optimizer):
             for name, value in state_dict["state"].get(place, {}).items():
                 if isinstance(value, Tensor):
                     self.state[p][name] = value.detach().to(p.device, copy=True)
+
+
+def _bytes(block: Block) -> int:
+    return block.elements * statistics_type(block.layer.weight).itemsize
+
+
+def deal(work: Sequence[float], ranks: int) -> list[int]:
+    """The rank of each piece of work: the dearest first, each to who has least so far (Graham, 1969).
+
+    >>> deal([5.0, 4.0, 3.0, 3.0, 3.0], 2)
+    [0, 1, 1, 0, 1]
+    """
+    loads, owners = [0.0] * ranks, [0] * len(work)
+    for piece in sorted(range(len(work)), key=lambda piece: -work[piece]):
+        owners[piece] = loads.index(min(loads))
+        loads[owners[piece]] += work[piece]
+    return owners
 
 
 def _check_rates(**options: float) -> None:

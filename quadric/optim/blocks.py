@@ -85,12 +85,26 @@ class Block(ABC):
         """Multiplications of a refresh, roughly: by these the blocks are dealt out to ranks."""
 
     @abstractmethod
+    def mean_curvature(self, numbers: Numbers) -> Tensor:
+        """The mean of the diagonal of the layer's matrix, of which damping is a share."""
+
+    @abstractmethod
     def observe(self, numbers: Numbers, seen: Seen, share: float) -> None:
         """Moves the statistics towards those of a step: S <- (1 - share) S + share S_new. The first are zero."""
 
     @abstractmethod
     def refresh(self, numbers: Numbers, damping: float) -> None:
         """Makes the inverses of the statistics anew, with ``damping`` as a share of the layer's mean curvature."""
+
+    def inverses(self, numbers: Numbers) -> list[Tensor]:
+        """What `refresh` makes, to be filled by another rank: ``inverse_x`` is as large as ``statistics_x``."""
+        made = []
+        for name in [name for name in numbers if name.startswith("statistics_")]:
+            other = name.replace("statistics_", "inverse_")
+            if other not in numbers:
+                numbers[other] = torch.empty_like(numbers[name])
+            made.append(numbers[other])
+        return made
 
     @abstractmethod
     def apply(self, numbers: Numbers, gradient: Gradient) -> Gradient:
@@ -118,7 +132,7 @@ def inverse(matrices: Tensor, damping: Tensor) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(damped)
     failed = info != 0
     if not bool(failed.any()):
-        return torch.cholesky_inverse(factor)
+        return torch.cholesky_inverse(factor).contiguous()  # on every rank alike, or its products are not
     inverses = torch.empty_like(matrices)
     inverses[~failed] = torch.cholesky_inverse(factor[~failed])
     inverses[failed] = power(matrices[failed], damping[failed], -1.0)

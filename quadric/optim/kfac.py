@@ -125,6 +125,9 @@ class Kronecker(Block):
         A = started(numbers, "statistics_A", (self.inputs, self.inputs), self.layer.weight)
         G = started(numbers, "statistics_G", (self.outputs, self.outputs), self.layer.weight)
         keep = 1 - share
+        if not seen.calls:  # on this rank, of those whose statistics are put together
+            torch._foreach_mul_([A, G], keep)
+            return
         if self.options.sharing == "reduce":
             for a, g in self._reduced(seen.calls, A.dtype):
                 _add(A, a, keep, share / seen.examples)
@@ -136,6 +139,10 @@ class Kronecker(Block):
             self._add_inputs(A, call.inputs, keep, share / positions)
             gram_(G, self._at_outputs(call.cotangent).to(G.dtype), keep, share * seen.examples)
             keep = 1.0
+
+    def mean_curvature(self, numbers: Numbers) -> Tensor:
+        A, G = numbers["statistics_A"], numbers["statistics_G"]
+        return A.trace() * G.trace() / (len(A) * len(G))
 
     def refresh(self, numbers: Numbers, damping: float) -> None:
         A, G = numbers["statistics_A"], numbers["statistics_G"]

@@ -139,11 +139,14 @@ class Separate(Block):
             d = d.to(S.dtype)
             S.mul_(1 - share).addcmul_(d.unsqueeze(2), d.unsqueeze(1), value=share)
 
+    def mean_curvature(self, numbers: Numbers) -> Tensor:
+        totals = [numbers[f"statistics_{k}"].diagonal(dim1=1, dim2=2).sum() for k in range(len(self.shapes))]
+        return torch.stack(totals).sum() / sum(blocks * n for blocks, n in self.shapes)
+
     def refresh(self, numbers: Numbers, damping: float) -> None:
-        statistics = [numbers[f"statistics_{k}"] for k in range(len(self.shapes))]
-        total = torch.stack([S.diagonal(dim1=1, dim2=2).sum() for S in statistics]).sum()
-        shift = shift_of(damping, total / sum(blocks * n for blocks, n in self.shapes))
-        for k, (S, (blocks, n)) in enumerate(zip(statistics, self.shapes, strict=True)):
+        shift = shift_of(damping, self.mean_curvature(numbers))
+        for k, (blocks, n) in enumerate(self.shapes):
+            S = numbers[f"statistics_{k}"]
             if n == 1:
                 numbers[f"inverse_{k}"] = (S + shift).pow_(self.options.exponent)
             else:
@@ -221,11 +224,14 @@ class Averaged(Block):
                 S[-1, :-1].mul_(1 - share).add_(bias @ D, alpha=share / len(D))
                 S[-1, -1].mul_(1 - share).add_(bias @ bias, alpha=share / len(D))
 
+    def mean_curvature(self, numbers: Numbers) -> Tensor:
+        traces = [numbers[f"statistics_{k}"].trace() for k in range(len(self.cuts))]
+        return torch.stack(traces).sum() / sum(self.cuts)
+
     def refresh(self, numbers: Numbers, damping: float) -> None:
-        statistics = [numbers[f"statistics_{k}"] for k in range(len(self.cuts))]
-        shift = shift_of(damping, torch.stack([S.trace() for S in statistics]).sum() / sum(self.cuts))
-        for k, S in enumerate(statistics):
-            numbers[f"inverse_{k}"] = self.options.inverted(S, shift)
+        shift = shift_of(damping, self.mean_curvature(numbers))
+        for k in range(len(self.cuts)):
+            numbers[f"inverse_{k}"] = self.options.inverted(numbers[f"statistics_{k}"], shift)
 
     def apply(self, numbers: Numbers, gradient: Gradient) -> Gradient:
         steps, biases = [], []

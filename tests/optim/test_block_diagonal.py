@@ -8,6 +8,7 @@ from torch import nn
 
 from cases import draw
 from quadric.optim.block_diagonal import BlockDiagonal, Schedule
+from quadric.optim.damping import Damping, LevenbergMarquardt
 from quadric.optim.layers import Kind, find_layers
 from quadric.optim.length import KLClip, Length, Natural, UnitEntries
 from quadric.optim.mini_block import MiniBlocks, mini_block_fisher
@@ -56,7 +57,9 @@ def test_when_inverses_are_made() -> None:
             Schedule(**options)
 
 
-def quadratic(length: Length, lr: float, momentum: float = 0.0, **options: float) -> tuple[nn.Module, BlockDiagonal]:
+def quadratic(
+    length: Length, lr: float, momentum: float = 0.0, **options: float | Damping
+) -> tuple[nn.Module, BlockDiagonal]:
     module = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).double()
     with torch.no_grad():
         for k, p in enumerate(module.parameters()):
@@ -134,4 +137,47 @@ def test_statistics_of_a_pass_before_the_first_step() -> None:
     torch.testing.assert_close(found, torch.stack([d.T @ d / 3 for d in D]).mean(0).tril())
     assert optimizer.param_groups[0]["observed"] == 30 and optimizer.param_groups[0]["step"] == 0
     optimizer.step()
-    assert math.isfinite(float(module[0].weight.sum()))
+    assert math.isfinite(module[0].weight.sum().item())
+
+
+def test_damping_that_follows_the_loss() -> None:
+    """Up where the loss falls by less than is foreseen, down where by more; by hand, with the dense blocks."""
+    rule = LevenbergMarquardt(0.5)
+    for lr, expected in ((1e-3, 0.5 * rule.drop), (1.5, 0.5 * rule.boost)):
+        module, optimizer = quadratic(Natural(), lr, damping=rule)
+        x = 0.3 * draw(6, 4, seed=3)
+
+        def closure(
+            module: nn.Module = module, optimizer: BlockDiagonal = optimizer, x: torch.Tensor = x
+        ) -> torch.Tensor:
+            optimizer.zero_grad()
+            value = module(x).square().mean()
+            value.backward()
+            return value
+
+        value = float(closure())
+        gradients = [p.grad.clone() for p in module.parameters()]
+        blocks = [MiniBlocks()(layer) for layer in find_layers(module, module.parameters())]
+        before = [p.detach().clone() for p in module.parameters()]
+        optimizer.step(closure)
+        foreseen = 0.0
+        for k, block in enumerate(blocks):
+            part = slice(2 * k, 2 * k + 2)
+            d = [p.detach() - b for p, b in zip(block.layer.parameters, before[part], strict=True)]
+            g, numbers = gradients[part], optimizer.state[block.layer.weight]
+            S = numbers["statistics_0"].tril() + numbers["statistics_0"].tril(-1).T
+            damped = S + 0.5 * S.trace() / len(S) * torch.eye(len(S), dtype=S.dtype)
+            D = torch.cat([d[0], d[1][:, None]], 1)
+            foreseen += float(sum((a * b).sum() for a, b in zip(g, d, strict=True)) + 0.5 * (D @ damped * D).sum())
+        ratio = (float(module(x).square().mean()) - value) / foreseen
+        assert rule.update(0.5, ratio) == expected == optimizer.param_groups[0]["damping"]
+        assert all(torch.equal(g, p.grad) for g, p in zip(gradients, module.parameters(), strict=True))
+    with pytest.raises(ValueError, match=r"it follows the loss after a step; call step\(closure\)"):
+        optimizer.step()
+
+
+def test_blocks_that_memory_has_no_room_for() -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(30_000, 400, bias=False))
+    with pytest.raises(ValueError, match=r"1\.weight alone takes .* for 400 of 30,000 x 30,000: choose av"):
+        mini_block_fisher(module, blocks=MiniBlocks(averaged=False, largest=30_000))
+    assert len(mini_block_fisher(module).coverage) == 2
