@@ -283,12 +283,12 @@ class ExampleKernels(Kernels):
 
 
 def _observe_examples(block: ExampleRows | ExampleKernels, numbers: Numbers, seen: Seen, share: float) -> None:
-    keep, dtype = 1 - share, statistics_type(block.layer.weight)
-    for a, g in factors_of_examples(block.layer, seen.calls, dtype, wide=True):
-        for k, d in enumerate(block.of_examples(g.mT @ a)):
-            S = started(numbers, f"statistics_{k}", (len(d), d.shape[2], d.shape[2]), block.layer.weight)
-            S.baddbmm_(d.mT, d, beta=keep, alpha=share * seen.examples)
-        keep = 1.0
+    weight = block.layer.weight
+    statistics = [started(numbers, f"statistics_{k}", (c, n, n), weight) for k, (c, n) in enumerate(block.shapes)]
+    torch._foreach_mul_(statistics, 1 - share)
+    for a, g in factors_of_examples(block.layer, seen.calls, statistics_type(weight), wide=True):
+        for S, d in zip(statistics, block.of_examples(g.mT @ a), strict=True):
+            S.baddbmm_(d.mT, d, alpha=share * seen.examples)
 
 
 class ExampleAveraged(Averaged):
@@ -297,18 +297,18 @@ class ExampleAveraged(Averaged):
     wants_calls = True
 
     def observe(self, numbers: Numbers, seen: Seen, share: float) -> None:
-        weight, keep = self.layer.weight, 1 - share
-        positions = max(call.cotangent[0].numel() for call in seen.calls) // len(weight)
+        weight = self.layer.weight
+        statistics = [started(numbers, f"statistics_{k}", (n, n), weight) for k, n in enumerate(self.cuts)]
+        torch._foreach_mul_(statistics, 1 - share)
+        positions = max((call.cotangent[0].numel() for call in seen.calls), default=0) // len(weight)
         whole = positions > len(weight)
         for a, g in factors_of_examples(self.layer, seen.calls, statistics_type(weight), wide=whole):
             # D = g'a, and D'D = a'(g g')a
             left = (g.mT @ a if whole else a).flatten(0, 1)
             right = left if whole else ((g @ g.mT) @ a).flatten(0, 1)
             pairs = zip(left.split(self.cuts, 1), right.split(self.cuts, 1), strict=True)
-            for k, (one, other) in enumerate(pairs):
-                S = started(numbers, f"statistics_{k}", (self.cuts[k], self.cuts[k]), weight)
-                S.addmm_(one.T, other, beta=keep, alpha=share * seen.examples / len(weight))
-            keep = 1.0
+            for S, (one, other) in zip(statistics, pairs, strict=True):
+                S.addmm_(one.T, other, alpha=share * seen.examples / len(weight))
 
 
 def cuts(layer: Layer, largest: int) -> list[int]:

@@ -9,6 +9,8 @@ from torch.nn import functional
 
 from cases import draw
 from quadric.model.recurrent import LSTM
+from quadric.optim.blocks import Seen
+from quadric.optim.layers import find_layers
 from quadric.optim.length import Natural
 from quadric.optim.mini_block import MiniBlocks, mini_block_fisher
 from reference import kronecker, mini_blocks
@@ -134,6 +136,18 @@ def test_layers_without_calls_have_blocks_of_the_batch_and_say_so() -> None:
     inside = "its products are made inside of the module"
     assert found["2.weight_ih_l0"] == ("Averaged", f"GRU: a matrix; {inside}: of the batch's gradient")
     assert found["3.weight"] == ("Averaged", "Linear: a matrix; its module is not called: of the batch's gradient")
+
+
+@pytest.mark.parametrize("averaged", [True, False])
+def test_a_rank_without_examples_has_a_share_of_nothing(averaged: bool) -> None:
+    for module in (nn.Linear(3, 2), nn.Conv1d(2, 3, 2)):
+        (layer,) = find_layers(module, module.parameters())
+        block, numbers = MiniBlocks(averaged, per_example=True)(layer), dict[str, Tensor]()
+        block.observe(numbers, Seen(list(layer.parameters), [], 0), 1.0)
+        assert all((x == 0).all() for x in numbers.values()) and len(block.inverses(numbers)) == len(numbers) / 2
+        numbers["statistics_0"].fill_(2.0)
+        block.observe(numbers, Seen(list(layer.parameters), [], 0), 0.25)
+        assert (numbers["statistics_0"] == 1.5).all()
 
 
 def test_positions_need_the_same_examples() -> None:
