@@ -39,6 +39,7 @@ from quadric.optim.block_diagonal import BlockDiagonal
 from quadric.optim.blocks import Block
 from quadric.optim.damping import AfterRejection, Damping, Fixed, LevenbergMarquardt
 from quadric.optim.descent import NGHF, Descent, NaturalGradient, NewtonCG
+from quadric.optim.kbfgs import KroneckerPairs, KroneckerPairsPatches, QuasiNewton, kbfgs, kbfgs_l
 from quadric.optim.kfac import Kronecker, KroneckerFactors, KroneckerPatches, kfac
 from quadric.optim.layers import Kind, Layer
 from quadric.optim.length import KLClip, Length, Natural, UnitEntries
@@ -268,6 +269,9 @@ FAMILY: dict[str, Callable[..., BlockDiagonal]] = {
     "mini_block_fisher, a block a row": partial(mini_block_fisher, blocks=MiniBlocks(averaged=False, largest=5)),
     "mini_block_fisher, root": partial(mini_block_fisher, blocks=MiniBlocks(exponent=-0.5), length=KLClip()),
     "kfac": kfac,
+    "kbfgs": kbfgs,
+    "kbfgs_l": kbfgs_l,
+    "kbfgs_l, few pairs": partial(kbfgs_l, blocks=QuasiNewton(memory=2, start=0)),
     "kfac, reduce": partial(kfac, factors=KroneckerFactors(sharing="reduce")),
 }
 
@@ -282,6 +286,8 @@ BLOCKS: dict[type[Block], Callable[[], Block]] = {
     Kernels: lambda: MiniBlocks()(_layer(nn.Conv2d(2, 3, 2).double(), Kind.KERNELS)),
     Kronecker: lambda: KroneckerFactors()(_layer(nn.Linear(6, 3).double(), Kind.MATRIX)),
     KroneckerPatches: lambda: KroneckerFactors()(_layer(nn.Conv2d(2, 3, 2).double(), Kind.KERNELS)),
+    KroneckerPairs: lambda: QuasiNewton()(_layer(nn.Linear(6, 3).double(), Kind.MATRIX)),
+    KroneckerPairsPatches: lambda: QuasiNewton()(_layer(nn.Conv2d(2, 3, 2).double(), Kind.KERNELS)),
     Entries: lambda: MiniBlocks()(_layer(nn.LayerNorm(4).double(), Kind.OTHER)),
 }
 LENGTHS: dict[type[Length], Callable[[], Length]] = {Natural: Natural, KLClip: KLClip, UnitEntries: UnitEntries}
