@@ -40,6 +40,7 @@ from quadric.optim.block_inverse import BlockCurvature, BlockInverse
 from quadric.optim.blocks import Block, Seen
 from quadric.optim.damping import AfterRejection, Damping, Fixed, LevenbergMarquardt
 from quadric.optim.descent import NGHF, Descent, NaturalGradient, NewtonCG
+from quadric.optim.kbfgs import KroneckerPairs, KroneckerPairsPatches, QuasiNewton, kbfgs, kbfgs_l
 from quadric.optim.kfac import Kronecker, KroneckerFactors, KroneckerPatches, kfac
 from quadric.optim.layers import Kind, Layer, find_layers
 from quadric.optim.length import KLClip, Length, Natural, UnitEntries
@@ -305,6 +306,9 @@ FAMILY: dict[str, Callable[..., BlockDiagonal]] = {
         mini_block_fisher, blocks=MiniBlocks(averaged=False, per_example=True)
     ),
     "kfac": kfac,
+    "kbfgs": kbfgs,
+    "kbfgs_l": kbfgs_l,
+    "kbfgs_l, few pairs": partial(kbfgs_l, blocks=QuasiNewton(memory=2, start=0)),
     "kfac, reduce": partial(kfac, factors=KroneckerFactors(sharing="reduce")),
 }
 
@@ -322,6 +326,8 @@ BLOCKS: dict[type[Block], Callable[[], Block]] = {
     ExampleAveraged: lambda: MiniBlocks(per_example=True)(_layer(nn.Linear(6, 3).double(), Kind.MATRIX)),
     ExampleRows: lambda: MiniBlocks(False, per_example=True)(_layer(nn.Linear(6, 3).double(), Kind.MATRIX)),
     ExampleKernels: lambda: MiniBlocks(per_example=True)(_layer(nn.Conv2d(2, 3, 2).double(), Kind.KERNELS)),
+    KroneckerPairs: lambda: QuasiNewton()(_layer(nn.Linear(6, 3).double(), Kind.MATRIX)),
+    KroneckerPairsPatches: lambda: QuasiNewton()(_layer(nn.Conv2d(2, 3, 2).double(), Kind.KERNELS)),
     Entries: lambda: MiniBlocks()(_layer(nn.LayerNorm(4).double(), Kind.OTHER)),
 }
 LENGTHS: dict[type[Length], Callable[[], Length]] = {Natural: Natural, KLClip: KLClip, UnitEntries: UnitEntries}
