@@ -38,6 +38,7 @@ from quadric.objective.objective import Objective
 from quadric.optim.block_diagonal import BlockDiagonal
 from quadric.optim.block_inverse import BlockCurvature, BlockInverse
 from quadric.optim.blocks import Block, Seen
+from quadric.optim.contraction import Flattening, Tensors
 from quadric.optim.damping import AfterRejection, Damping, Fixed, LevenbergMarquardt
 from quadric.optim.descent import NGHF, Descent, NaturalGradient, NewtonCG
 from quadric.optim.kbfgs import KroneckerPairs, KroneckerPairsPatches, QuasiNewton, kbfgs, kbfgs_l
@@ -59,6 +60,8 @@ from quadric.optim.precondition import LBFGS, FisherDiagonal, Preconditioner, Sh
 from quadric.optim.sampling import FixedSizes, GeometricSizes, Sampler, VarianceTested
 from quadric.optim.search import Backtracking, BestIterate, Search
 from quadric.optim.second_order import SecondOrder, hessian_free, natural_gradient, nghf
+from quadric.optim.shampoo import Shampoo, shampoo
+from quadric.optim.tnt import TNT, tnt
 from quadric.space import ParameterSpace
 from quadric.stopwatch import Stopwatch
 from reference import dense
@@ -310,6 +313,10 @@ FAMILY: dict[str, Callable[..., BlockDiagonal]] = {
     "kbfgs_l": kbfgs_l,
     "kbfgs_l, few pairs": partial(kbfgs_l, blocks=QuasiNewton(memory=2, start=0)),
     "kfac, reduce": partial(kfac, factors=KroneckerFactors(sharing="reduce")),
+    "shampoo": shampoo,
+    "shampoo, small factors": partial(shampoo, exponent=-1.0, tensors=Tensors(largest=4, vectors=3)),
+    "tnt": tnt,
+    "tnt, bias in the matrix": partial(tnt, tensors=Tensors(Flattening.POSITIONS, joined=True)),
 }
 
 
@@ -329,5 +336,7 @@ BLOCKS: dict[type[Block], Callable[[], Block]] = {
     KroneckerPairs: lambda: QuasiNewton()(_layer(nn.Linear(6, 3).double(), Kind.MATRIX)),
     KroneckerPairsPatches: lambda: QuasiNewton()(_layer(nn.Conv2d(2, 3, 2).double(), Kind.KERNELS)),
     Entries: lambda: MiniBlocks()(_layer(nn.LayerNorm(4).double(), Kind.OTHER)),
+    Shampoo: lambda: Shampoo(_layer(nn.Conv2d(2, 3, 2).double(), Kind.KERNELS), Tensors(largest=3, vectors=2)),
+    TNT: lambda: TNT(_layer(nn.Linear(6, 3).double(), Kind.MATRIX), Tensors(joined=True)),
 }
 LENGTHS: dict[type[Length], Callable[[], Length]] = {Natural: Natural, KLClip: KLClip, UnitEntries: UnitEntries}

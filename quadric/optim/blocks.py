@@ -166,6 +166,8 @@ def inverse(matrices: Tensor, damping: Tensor) -> Tensor:
 
 def power(matrices: Tensor, damping: Tensor, exponent: float) -> Tensor:
     """(S + damping I)^exponent by eigenvalues in float64; the rest as in `inverse`."""
+    if matrices.shape[-1] == 1:
+        return matrices.clamp(min=0.0).add_(damping[..., None, None]).pow_(exponent)
     values, vectors = torch.linalg.eigh(matrices.double())
     scaled = values.clamp(min=0.0).add_(damping.double().unsqueeze(-1)).pow_(exponent)
     return ((vectors * scaled.unsqueeze(-2)) @ vectors.mT).to(matrices.dtype)
