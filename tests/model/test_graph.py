@@ -63,6 +63,20 @@ def test_dropout_is_of_both_layers_inputs() -> None:
     assert bool((seen[0] == 1).all())
 
 
+def test_sparse_features_are_the_same_to_the_model() -> None:
+    model, x = small()
+    x = torch.where(x > 0, x, 0.0)
+    torch.testing.assert_close(model.eval()(x.to_sparse()), model(x))
+    seen: list[Tensor] = []
+    model.first.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model.train()
+    for _ in range(2000):
+        model(x.to_sparse())
+    dropped = torch.stack(seen)
+    assert bool(((dropped == 0) | dropped.isclose(2 * x)).all())
+    torch.testing.assert_close((dropped != 0).double().mean(0), 0.5 * (x != 0).double(), rtol=0, atol=0.05)
+
+
 def test_cora_has_the_parameters_of_the_paper() -> None:
     """1,433 features, 16 hidden units and 7 classes."""
     model = GCN(normalised_adjacency(torch.zeros(0, 2, dtype=torch.int64), 1), 1433, 7)
