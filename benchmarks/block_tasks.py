@@ -197,7 +197,11 @@ class Trainer:
             torch._foreach_mul_([p for p in self.model.parameters() if p.ndim > 1], 1 - by)
 
     def train(self, looks: int) -> Run:
-        """What the training came to, with a curve of so many looks; its measures are None where it diverged."""
+        """What the training came to; its measures are None where it diverged.
+
+        Args:
+            looks: for the curve; without one, nothing is tested.
+        """
         curve: list[dict[str, float]] = []
         measures = None
         try:
@@ -206,7 +210,7 @@ class Trainer:
                     self._look(curve)
                 if not math.isfinite(self.step()):
                     raise FloatingPointError("the loss is not finite")
-            measures = self._look(curve)
+            measures = {**self._look(curve), **(self.task.test(self.model) if looks else {})}
         except FloatingPointError:
             pass
         return {"seconds": self.seconds, "steps": self.steps, "measures": measures, "curve": curve if looks else []}
@@ -217,6 +221,10 @@ class Trainer:
             raise FloatingPointError(f"the model is at {found}")
         curve.append({"seconds": round(self.seconds, 3), "steps": self.steps, **found})
         return found
+
+
+MEASURES = {False: ["training_loss", "held_out_loss"], True: ["training_loss", "validation_accuracy", "test_accuracy"]}
+"""The columns, by whether a task is judged by its accuracy."""
 
 
 class Benchmark:
@@ -319,7 +327,7 @@ def compare(chosen: argparse.Namespace) -> None:
     task = TASKS[chosen.task](chosen.data, chosen.narrow, torch.device(chosen.device))
     warm = task.build().to(chosen.device)  # what torch sets up at its first steps is nobody's cost
     Objective(warm, task.loss, [next(task.batches(torch.Generator()))])()
-    benchmark, measures = Benchmark(task, runs, chosen), list(task.measure(warm))
+    benchmark, measures = Benchmark(task, runs, chosen), MEASURES[task.accuracy]
     columns = ["method", "best of the trials", "trials", "seeds", "steps", "ms a step"]
     columns += [name.replace("_", " ") for name in measures]
     table = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]

@@ -24,7 +24,9 @@ from quadric.optim.block_diagonal import Schedule
 CHUNK = 1000
 """Images in a pass of an evaluation."""
 VALIDATION = 5000
-"""Images of CIFAR-10's training set that are held out to tune by."""
+"""Images of CIFAR-10's training set that are held out."""
+EVALUATED = 5000
+"""How many images of CIFAR-10 an evaluation is of, seen ones and validation ones each; of narrow networks 2,000."""
 
 Batch = tuple[Tensor, Tensor]
 Measures = dict[str, float]
@@ -39,6 +41,7 @@ class Task:
         loss: summed over frames; its mean is minimised.
         batches: without end, drawn by a generator.
         measure: of a model, which it leaves in evaluation mode; always a ``training_loss``.
+        test: measured of a model that is done; not looked at to tune.
         accuracy: whether it is judged by ``validation_accuracy``, and not by the training loss.
         schedule: of statistics and inverses, that of the authors' code.
         decay: of the weights (not of biases and norms) in each step, decoupled, times the schedule of the rates.
@@ -49,6 +52,7 @@ class Task:
     loss: Loss
     batches: Callable[[torch.Generator], Iterator[Batch]]
     measure: Callable[[nn.Module], Measures]
+    test: Callable[[nn.Module], Measures] = lambda model: {}
     accuracy: bool = False
     schedule: Schedule = Schedule(statistics=1, inverses=20)
     decay: float = 0.0
@@ -117,43 +121,41 @@ class Pictures:
     def normalised(self, images: Tensor) -> Tensor:
         return (images.float() - self.mean) / self.deviation
 
-    def evaluated(self, model: nn.Module, loss: Loss, first: int | None = None) -> tuple[float, float]:
+    def evaluate(self, model: nn.Module, loss: Loss, first: int | None = None) -> tuple[float, float]:
+        """As `evaluate`, on the first ones or all."""
         images = [self.normalised(part) for part in self.images[:first].split(CHUNK)]
         return evaluate(model, loss, images, self.labels[:first].split(CHUNK))
 
 
-def cifar(
-    folder: Path, build: Callable[[], nn.Module], device: torch.device, *, batch: int = 128, evaluated: int = VALIDATION
-) -> Task:
+def cifar(folder: Path, build: Callable[[], nn.Module], device: torch.device, *, evaluated: int = EVALUATED) -> Task:
     """A network on CIFAR-10: 45,000 images to train on, cropped and mirrored, 5,000 to tune by, 10,000 to test."""
     path = folder / "cifar10" / "cifar10_jpeg.npz"
     images, labels = read_cifar10(path, "train")
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    images, labels = images[order], labels[order]
-    deviation, mean = torch.std_mean(images[VALIDATION:].float(), (0, 2, 3), keepdim=True)
+    held_out, kept = order[:VALIDATION], order[VALIDATION:]
+    deviation, mean = (part[0].to(device) for part in torch.std_mean(images[kept].float(), (0, 2, 3), keepdim=True))
 
     def pictures(images: Tensor, labels: Tensor) -> Pictures:
-        return Pictures(images.to(device), labels.to(device), mean[0].to(device), deviation[0].to(device))
+        return Pictures(images.to(device), labels.to(device), mean, deviation)
 
-    seen, unseen = (
-        pictures(images[VALIDATION:], labels[VALIDATION:]),
-        pictures(images[:VALIDATION], labels[:VALIDATION]),
-    )
-    test, loss, change = pictures(*read_cifar10(path, "test")), CrossEntropy(), CropFlip()
+    seen, unseen = (pictures(images[part], labels[part]) for part in (kept, held_out))
+    unknown, loss, change = pictures(*read_cifar10(path, "test")), CrossEntropy(), CropFlip()
 
     def batches(generator: torch.Generator) -> Iterator[Batch]:
-        for places in shuffled(len(seen.labels), batch, generator):
+        for places in shuffled(len(seen.labels), 128, generator):
             places = places.to(device)
             yield seen.normalised(change(seen.images[places], generator)), seen.labels[places]
 
     def measure(model: nn.Module) -> Measures:
         return {
-            "training_loss": seen.evaluated(model, loss, evaluated)[0],
-            "validation_accuracy": unseen.evaluated(model, loss)[1],
-            "test_accuracy": test.evaluated(model, loss)[1],
+            "training_loss": seen.evaluate(model, loss, evaluated)[0],
+            "validation_accuracy": unseen.evaluate(model, loss, evaluated)[1],
         }
 
-    return Task(build, loss, batches, measure, True, Schedule(statistics=10, inverses=100), decay=5e-4)
+    def test(model: nn.Module) -> Measures:
+        return {"test_accuracy": unknown.evaluate(model, loss)[1]}
+
+    return Task(build, loss, batches, measure, test, True, Schedule(statistics=10, inverses=100), decay=5e-4)
 
 
 def citations(path: Path, device: torch.device) -> Task:
@@ -161,34 +163,52 @@ def citations(path: Path, device: torch.device) -> Task:
     graph = read_planetoid(path).to(device)
     adjacency = normalised_adjacency(graph.edges, len(graph.labels))
     loss, features = CrossEntropy(), graph.features.to_sparse()
-    training, validation, test = (graph.labels_of(part) for part in (graph.training, graph.validation, graph.test))
+    training, validation, unknown = (graph.labels_of(part) for part in (graph.training, graph.validation, graph.test))
 
     def batches(generator: torch.Generator) -> Iterator[Batch]:
         while True:
             yield features, training
 
     def measure(model: nn.Module) -> Measures:
-        lost, _ = evaluate(model, loss, [features], [training])
-        accuracies = [evaluate(model, loss, [features], [part])[1] for part in (validation, test)]
-        return {"training_loss": lost, "validation_accuracy": accuracies[0], "test_accuracy": accuracies[1]}
+        return {
+            "training_loss": evaluate(model, loss, [features], [training])[0],
+            "validation_accuracy": evaluate(model, loss, [features], [validation])[1],
+        }
+
+    def test(model: nn.Module) -> Measures:
+        return {"test_accuracy": evaluate(model, loss, [features], [unknown])[1]}
 
     def build() -> nn.Module:
         return GCN(adjacency, features.shape[1], graph.classes)
 
-    return Task(build, loss, batches, measure, True, penalty=5e-4)
+    return Task(build, loss, batches, measure, test, True, penalty=5e-4)
 
 
 def _autoencoder(name: str) -> Callable[[Path, bool, torch.device], Task]:
     return lambda folder, narrow, device: autoencoding(SETS[name](folder).to(device), narrow=narrow)
 
 
+def _cifar(
+    build: Callable[[int], nn.Module], width: int, narrow_width: int
+) -> Callable[[Path, bool, torch.device], Task]:
+    def task(folder: Path, narrow: bool, device: torch.device) -> Task:
+        own = narrow_width if narrow else width
+        return cifar(folder, lambda: build(own), device, evaluated=2000 if narrow else EVALUATED)
+
+    return task
+
+
+def _citations(name: str) -> Callable[[Path, bool, torch.device], Task]:
+    return lambda folder, narrow, device: citations(folder / "planetoid" / f"{name}.npz", device)
+
+
 TASKS: dict[str, Callable[[Path, bool, torch.device], Task]] = {
     "mnist": _autoencoder("mnist"),
     "curves": _autoencoder("curves"),
     "faces": _autoencoder("faces"),
-    "cifar": lambda folder, narrow, device: cifar(folder, lambda: ResNet(width=8 if narrow else 16), device),
-    "cifar_vgg": lambda folder, narrow, device: cifar(folder, lambda: VGG16(width=16 if narrow else 64), device),
-    "cora": lambda folder, narrow, device: citations(folder / "planetoid" / "cora.npz", device),
-    "citeseer": lambda folder, narrow, device: citations(folder / "planetoid" / "citeseer.npz", device),
+    "cifar": _cifar(lambda width: ResNet(width=width), 16, 8),
+    "cifar_vgg": _cifar(lambda width: VGG16(width=width), 64, 16),
+    "cora": _citations("cora"),
+    "citeseer": _citations("citeseer"),
 }
 """From the folder of the data, whether networks are narrow, and the device."""

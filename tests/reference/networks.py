@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quadric.model.graph import GCN
-from quadric.model.vision import ResidualBlock, ResNet
+from quadric.model.vision import VGG16, ResidualBlock, ResNet
 
 
 def padding_shortcut(x: Tensor, outputs: int) -> Tensor:
@@ -58,6 +58,24 @@ def residual_network(model: ResNet, images: Tensor) -> Tensor:
     for block in model.blocks:
         x = residual_block(block, x)
     return x.mean((2, 3)) @ model.output.weight.T + model.output.bias
+
+
+def vgg16(model: VGG16, images: Tensor) -> Tensor:
+    """Network D of Simonyan and Zisserman (2015), with norms."""
+    convolutions = iter([m for m in model.modules() if isinstance(m, torch.nn.Conv2d)])
+    norms = iter([m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)])
+    x = images
+    for layers in (2, 2, 3, 3, 3):
+        for _ in range(layers):
+            layer = next(convolutions)
+            x = convolution(x, layer.weight, 1) + layer.bias[:, None, None]
+            x = normalised(x, next(norms)).clamp(min=0)
+        quarters = [x[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)]
+        x = torch.stack(quarters).amax(0)
+    first, second, last = (m for m in model.modules() if isinstance(m, torch.nn.Linear))
+    x = (x[:, :, 0, 0] @ first.weight.T + first.bias).clamp(min=0)
+    x = (x @ second.weight.T + second.bias).clamp(min=0)
+    return x @ last.weight.T + last.bias
 
 
 def adjacency(edges: Iterable[tuple[int, int]], nodes: int) -> Tensor:
