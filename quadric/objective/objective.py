@@ -13,7 +13,6 @@ from enum import Enum
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -26,6 +25,7 @@ from quadric.objective.anchor import Anchor
 from quadric.objective.curvature import Curvature, CurvatureOperator, Linearisation, RecordedGradient
 from quadric.objective.layers import linearisable, twice_differentiable
 from quadric.objective.memory import free, retained
+from quadric.objective.noise import GradientNoise
 from quadric.objective.sharing import uses_per_frame
 from quadric.space import ParameterSpace
 from quadric.stopwatch import Clock, Stopwatch
@@ -131,7 +131,7 @@ class Objective:
 
     def _value_and_grad(self, theta: Float[Tensor, " n"]) -> tuple[float, Float[Tensor, " n"]]:
         total, gradient = self._zero(), torch.zeros_like(theta)
-        leaves, noise = self._leaves(theta), _Noise(theta)
+        leaves, noise = self._leaves(theta), GradientNoise(theta)
         for inputs, target, seed in self._stream(self._gradient):
             value = self.loss(self._output(inputs, seed, leaves, moving=True), target)
             one = self.space.flatten(torch.autograd.grad(value, tuple(leaves.values()), materialize_grads=True))
@@ -420,42 +420,6 @@ def _check_symmetric(kind: Curvature, product: Callable[[Tensor], Tensor], like:
 
 def _of_kind(kind: Curvature, record: Callable[[], Recorded]) -> Linearisation | RecordedGradient:
     return record()[kind]
-
-
-class _Noise:
-    """The variance of a mean gradient, from the sums G_b over w_b frames of its micro-batches.
-
-    With g = sum G_b / W, the micro-batches taken as B independent draws: E||g - E g||^2 is estimated by
-    B / (B - 1) sum_b ||G_b - w_b g||^2 / W^2.
-    """
-
-    def __init__(self, like: Tensor) -> None:
-        self.batches, self.squares, self.weights, self.total = 0, 0.0, 0.0, 0.0
-        self.weighted = torch.zeros_like(like)
-
-    def add(self, gradient: Tensor, weight: float) -> None:
-        self.batches += 1
-        self.squares += dot(gradient, gradient)
-        self.weights += weight * weight
-        self.total += weight
-        self.weighted.add_(gradient, alpha=weight)
-
-    def error(self, mean: Tensor, communicator: Communicator) -> float:
-        """The standard error of the mean gradient of all ranks; NaN where it is of one micro-batch."""
-        own = [self.batches, self.squares, self.weights, self.total, dot(self.weighted, mean)]
-        sums = torch.tensor(own, dtype=torch.float64, device=mean.device)
-        communicator.sum_(sums)
-        batches, squares, weights, total, along = sums.tolist()
-        if batches < 2:
-            return math.nan
-        spread = squares - 2 * along + weights * dot(mean, mean)
-        return math.sqrt(batches / (batches - 1) * max(spread, 0.0) / total**2)
-
-
-def _generator(device: torch.device, seed: int, draw: int) -> torch.Generator:
-    """Of the numbers of one draw; torch reads 32 bits of a seed, in which neighbours must not meet."""
-    mixed = np.random.SeedSequence((seed % 2**64, draw)).generate_state(1)[0]
-    return torch.Generator(device).manual_seed(int(mixed))
 
 
 @contextmanager
