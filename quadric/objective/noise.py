@@ -40,9 +40,3 @@ class GradientNoise:
             return math.nan
         spread = squares - 2 * along + weights * dot(mean, mean)
         return math.sqrt(batches / (batches - 1) * max(spread, 0.0) / total**2)
-
-
-def _generator(device: torch.device, seed: int, draw: int) -> torch.Generator:
-    """Of the numbers of one draw; torch reads 32 bits of a seed, in which neighbours must not meet."""
-    mixed = np.random.SeedSequence((seed % 2**64, draw)).generate_state(1)[0]
-    return torch.Generator(device).manual_seed(int(mixed))

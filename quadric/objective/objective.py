@@ -13,6 +13,7 @@ from enum import Enum
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -420,6 +421,12 @@ def _check_symmetric(kind: Curvature, product: Callable[[Tensor], Tensor], like:
 
 def _of_kind(kind: Curvature, record: Callable[[], Recorded]) -> Linearisation | RecordedGradient:
     return record()[kind]
+
+
+def _generator(device: torch.device, seed: int, draw: int) -> torch.Generator:
+    """Of the numbers of one draw; torch reads 32 bits of a seed, in which neighbours must not meet."""
+    mixed = np.random.SeedSequence((seed % 2**64, draw)).generate_state(1)[0]
+    return torch.Generator(device).manual_seed(int(mixed))
 
 
 @contextmanager
