@@ -14,7 +14,7 @@ training that diverges is worse than any other.
 Columns: updates and seconds to the parameters that were kept and to the end; iterations of conjugate gradients an
 update; the criterion on dev (sequence accuracy for MPE and sMBR); word error rate on dev and on test; and, of
 second-order methods, the difference on test to the one of SGD and Adam that is better on dev, with its 95 % interval of
-a paired bootstrap over speakers and the probability of an improvement.
+a paired bootstrap over speakers (over the utterances of a single one) and the probability of an improvement.
 """
 
 from __future__ import annotations
@@ -235,8 +235,9 @@ def _add(table: Table, network: str, training: str, trained: Trained, comparison
 
 
 def _compare(first: Trained, second: Trained) -> Comparison:
-    """On test, which chose neither; speakers resampled."""
-    return scoring.paired_bootstrap(first.scores["test"], second.scores["test"])
+    """On test, which chose neither; speakers resampled, or the utterances of a single one."""
+    one, other = first.scores["test"], second.scores["test"]
+    return scoring.paired_bootstrap(one, other, by="speaker" if len(one.per_speaker) > 1 else "utterance")
 
 
 def _arguments() -> argparse.Namespace:
