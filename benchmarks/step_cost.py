@@ -29,6 +29,7 @@ from torch.nn import functional
 
 from common import Table, now
 from quadric.optim.block_diagonal import BlockDiagonal, Schedule
+from quadric.optim.kbfgs import kbfgs, kbfgs_l
 from quadric.optim.mini_block import mini_block_fisher
 
 WINDOW = 20
@@ -96,11 +97,20 @@ class Stepper:
         self.optimizers = list(built) if isinstance(built, tuple) else [built]
 
     def __call__(self) -> None:
-        self.optimizers[-1].zero_grad()
-        self.model.zero_grad()
-        self.task.loss(self.model(self.inputs), self.targets).backward()
+        first = self.optimizers[0]
+        if isinstance(first, BlockDiagonal) and first.wants_closure:
+            first.step(self._pass)
+            return
+        self._pass()
         for optimizer in self.optimizers:
             optimizer.step()
+
+    def _pass(self) -> Tensor:
+        self.optimizers[-1].zero_grad()
+        self.model.zero_grad()
+        loss = self.task.loss(self.model(self.inputs), self.targets)
+        loss.backward()
+        return loss
 
     @property
     def memory(self) -> float:
@@ -133,6 +143,8 @@ def _ours() -> list[Method]:
         methods.append(
             Method("mini-block Fisher", t1, t2, lambda m, s=schedule: mini_block_fisher(m, lr=RATE, schedule=s))
         )
+        methods.append(Method("K-BFGS", t1, t2, lambda m, s=schedule: kbfgs(m, lr=RATE, schedule=s)))
+        methods.append(Method("K-BFGS(L)", t1, t2, lambda m, s=schedule: kbfgs_l(m, lr=RATE, schedule=s)))
     return methods
 
 
