@@ -21,6 +21,7 @@ from quadric.linalg.bfgs import compact, damp, update_
 from quadric.optim.block_diagonal import BlockDiagonal
 from quadric.optim.blocks import Block, Numbers, SecondLook, Seen, inverse, shift_of, started, statistics_type
 from quadric.optim.capture import UNCALLED, obstacle
+from quadric.optim.damping import Damping
 from quadric.optim.kfac import Kronecker, KroneckerFactors, KroneckerPatches
 from quadric.optim.layers import Layer
 from quadric.optim.mini_block import MiniBlocks
@@ -73,6 +74,7 @@ def kbfgs(
     params: Iterable[Any] | None = None,
     *,
     lr: float = 1e-3,
+    damping: float | Damping = 0.3,
     blocks: QuasiNewton = QuasiNewton(),
     **options: Any,
 ) -> BlockDiagonal:
@@ -90,8 +92,9 @@ def kbfgs(
         model: whose layers have the factors.
         params: parameters or groups of it; None: all that are trainable.
         lr: with the default lengths, what it is in Adam.
+        damping: as a share of the mean curvature; a rule may make it follow the loss.
         blocks: how inverses are found.
-        options: momentum, weight decay, damping, schedule and length, as in `BlockDiagonal`.
+        options: momentum, weight decay, schedule and length, as in `BlockDiagonal`.
 
     >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 1))
     >>> optimizer = kbfgs(model)
@@ -107,7 +110,7 @@ def kbfgs(
     >>> float(optimizer.step(closure)) > float(closure())
     True
     """
-    return BlockDiagonal(model, blocks, params, lr=lr, **options)
+    return BlockDiagonal(model, blocks, params, lr=lr, damping=damping, **options)
 
 
 def kbfgs_l(
