@@ -1,8 +1,12 @@
 """Factors for each axis of a tensor: what Shampoo and TNT share.
 
 The curvature of a tensor with gradient G ``[n_1, ..., n_k]`` is taken as a Kronecker product of one factor for each
-axis. Of axis i the statistics are H_i = G_(i) G_(i)', with G_(i) ``[n_i, rest]``: the contraction of G with itself over
-all other axes. The inverse of such a product acts as G x_1 P_1 ... x_k P_k, one axis after the other.
+axis. Of axis i the statistics are H_i = G_(i) G_(i)' / prod_(j != i) n_j, with G_(i) ``[n_i, rest]``: the contraction
+of G with itself over all other axes. The inverse of such a product acts as G x_1 P_1 ... x_k P_k, one axis after the
+other.
+
+The papers' contraction is a sum, here it is a mean: the mean diagonal of every factor is the mean square of G. With
+sums the step of a matrix would be smaller than that of its bias by a power of its size.
 """
 
 from __future__ import annotations
@@ -94,14 +98,15 @@ class Axis:
         return X.view(self.before, self.count, self.width, self.after)
 
     def gram_(self, S: Tensor, X: Tensor, share: float) -> None:
-        """S <- (1 - share) S + share X_(i) X_(i)', blocks ``[count, width, width]``, in the lower half at least."""
+        """S <- (1 - share) S + share H_i of X; blocks ``[count, width, width]``, of which the lower half is right."""
         rows = self.cut(X).permute(1, 2, 0, 3).reshape(self.count, self.width, -1)
+        factor = share / (self.before * self.after)
         if self.count == 1:
-            gram_(S[0], rows[0].T, 1 - share, share)
+            gram_(S[0], rows[0].T, 1 - share, factor)
         elif self.width == 1:
-            S.mul_(1 - share).add_(rows.square().sum(-1, keepdim=True), alpha=share)
+            S.mul_(1 - share).add_(rows.square().sum(-1, keepdim=True), alpha=factor)
         else:
-            S.baddbmm_(rows, rows.mT, beta=1 - share, alpha=share)
+            S.baddbmm_(rows, rows.mT, beta=1 - share, alpha=factor)
 
     def times(self, P: Tensor, X: Tensor) -> Tensor:
         """X x_i P, with symmetric blocks P ``[count, width, width]``; of the shape of X, contiguous."""

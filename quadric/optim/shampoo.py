@@ -1,8 +1,8 @@
 """Shampoo (Gupta, Koren and Singer, 2018): a root of a factor for each axis of each tensor of parameters.
 
-With the batch's mean gradient G of a tensor of k axes and H_i <- decay H_i + (1 - decay) G_(i) G_(i)', the direction is
-G x_1 H_1^(-1/2k) ... x_k H_k^(-1/2k). The original sums H_i over the steps; averages that move are those of Ren and
-Goldfarb (2021) and of most implementations.
+With the batch's mean gradient G of a tensor of k axes and H_i <- decay H_i + (1 - decay) G_(i) G_(i)' / prod_(j != i)
+n_j, the direction is G x_1 H_1^(-1/2k) ... x_k H_k^(-1/2k). The original sums H_i over the steps; averages that move
+are those of Ren and Goldfarb (2021) and of most implementations. Neither divides by the n_j: see `contraction`.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def shampoo(
         exponent: of the Kronecker product of the k factors, each of which has the k-th part of it: the paper's -1/2,
             or -1.
         options: momentum, weight decay, damping, schedule, length and fisher, as in `BlockDiagonal`; the paper's length
-            is `quadric.optim.length.Natural`. Damping is a share of each factor's mean diagonal: the epsilon that Ren
-            and Goldfarb (2021) add to H_i is damping tr(H_i) / n_i.
+            is `quadric.optim.length.Natural`. Damping is a share of each factor's mean diagonal: of the H_i of
+            Ren and Goldfarb (2021), without prod n_j, their epsilon is damping tr(H_i) / n_i.
 
     >>> import torch
     >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 1))

@@ -35,7 +35,7 @@ def test_statistics_are_of_the_drawn_targets_and_the_step_of_the_true_ones() -> 
     expected = []
     for number in (0, 1):
         objective.sampled(number)
-        expected.append(model[0].weight.grad @ model[0].weight.grad.T)
+        expected.append(model[0].weight.grad @ model[0].weight.grad.T / 3)
     optimiser = tnt(model, lr=0.0, fisher="sampled", schedule=Schedule(statistics=2))
     for _ in range(2):  # the second shows that no statistics are due
         optimiser.step(objective)
@@ -53,7 +53,7 @@ def test_a_pass_before_the_first_step_draws_as_well() -> None:
     optimiser.observe(objective)
     before = [x.clone() for x in statistics(optimiser)]
     objective.sampled(0)
-    torch.testing.assert_close(before[0][0], model[0].weight.grad @ model[0].weight.grad.T)
+    torch.testing.assert_close(before[0][0], model[0].weight.grad @ model[0].weight.grad.T / 3)
     optimiser.step(objective)
     assert not torch.equal(before[0], statistics(optimiser)[0])
 
@@ -62,7 +62,7 @@ def test_an_empirical_pass_takes_a_closure() -> None:
     model, objective = problem()
     optimiser = tnt(model)
     optimiser.observe(objective)
-    torch.testing.assert_close(statistics(optimiser)[0][0], model[0].weight.grad @ model[0].weight.grad.T)
+    torch.testing.assert_close(statistics(optimiser)[0][0], model[0].weight.grad @ model[0].weight.grad.T / 3)
 
 
 @pytest.mark.parametrize("closure", [None, lambda: torch.zeros(())])
