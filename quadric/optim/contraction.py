@@ -178,8 +178,11 @@ class Contracted(Block):
                 axis.gram_(S, X.to(S.dtype), share)
 
     def mean_curvature(self, numbers: Numbers) -> Tensor:
-        traces = [numbers[f"statistics_{t}_0"].diagonal(dim1=1, dim2=2).sum() for t in range(len(self.axes))]
-        return torch.stack(traces).sum() / sum(p.numel() for p in self.layer.parameters)
+        totals = [
+            numbers[f"statistics_{t}_0"].diagonal(dim1=1, dim2=2).sum() * (axis.before * axis.after)
+            for t, (axis, *_) in enumerate(self.axes)
+        ]
+        return torch.stack(totals).sum() / sum(p.numel() for p in self.layer.parameters)
 
     def refresh(self, numbers: Numbers, damping: float) -> None:
         for t, axes in enumerate(self.axes):
