@@ -31,6 +31,8 @@ from common import Table, now
 from quadric.optim.block_diagonal import BlockDiagonal, Schedule
 from quadric.optim.kfac import kfac
 from quadric.optim.mini_block import mini_block_fisher
+from quadric.optim.shampoo import shampoo
+from quadric.optim.tnt import tnt
 
 WINDOW = 20
 """Steps that are timed in a row."""
@@ -127,12 +129,15 @@ class Method:
     build: Callable[[nn.Module], Any]
 
 
+OURS = {"mini-block Fisher": mini_block_fisher, "KFAC": kfac, "Shampoo": shampoo, "TNT": tnt}
+
+
 def _ours() -> list[Method]:
     methods = []
-    for name, build in (("mini-block Fisher", mini_block_fisher), ("KFAC", kfac)):
+    for name, build in OURS.items():
         for t1, t2 in ((1, 20), (10, 100)):
             schedule = Schedule(statistics=t1, inverses=t2)
-            methods.append(Method(name, t1, t2, lambda m, s=schedule, build=build: build(m, lr=RATE, schedule=s)))
+            methods.append(Method(name, t1, t2, lambda m, b=build, s=schedule: b(m, lr=RATE, schedule=s)))
     return methods
 
 

@@ -38,8 +38,10 @@ from quadric.objective.objective import Objective
 from quadric.optim.block_diagonal import BlockDiagonal
 from quadric.optim.block_inverse import BlockCurvature, BlockInverse
 from quadric.optim.blocks import Block, Seen
+from quadric.optim.contraction import Flattening, Tensors
 from quadric.optim.damping import AfterRejection, Damping, Fixed, LevenbergMarquardt
 from quadric.optim.descent import NGHF, Descent, NaturalGradient, NewtonCG
+from quadric.optim.kbfgs import KroneckerPairs, KroneckerPairsPatches, QuasiNewton, kbfgs, kbfgs_l
 from quadric.optim.kfac import Kronecker, KroneckerFactors, KroneckerPatches, kfac
 from quadric.optim.layers import Kind, Layer, find_layers
 from quadric.optim.length import KLClip, Length, Natural, UnitEntries
@@ -58,6 +60,8 @@ from quadric.optim.precondition import LBFGS, FisherDiagonal, Preconditioner, Sh
 from quadric.optim.sampling import FixedSizes, GeometricSizes, Sampler, VarianceTested
 from quadric.optim.search import Backtracking, BestIterate, Search
 from quadric.optim.second_order import SecondOrder, hessian_free, natural_gradient, nghf
+from quadric.optim.shampoo import Shampoo, shampoo
+from quadric.optim.tnt import TNT, tnt
 from quadric.space import ParameterSpace
 from quadric.stopwatch import Stopwatch
 from reference import dense
@@ -305,7 +309,14 @@ FAMILY: dict[str, Callable[..., BlockDiagonal]] = {
         mini_block_fisher, blocks=MiniBlocks(averaged=False, per_example=True)
     ),
     "kfac": kfac,
+    "kbfgs": kbfgs,
+    "kbfgs_l": kbfgs_l,
+    "kbfgs_l, few pairs": partial(kbfgs_l, blocks=QuasiNewton(memory=2, start=0)),
     "kfac, reduce": partial(kfac, factors=KroneckerFactors(sharing="reduce")),
+    "shampoo": shampoo,
+    "shampoo, small factors": partial(shampoo, exponent=-1.0, tensors=Tensors(largest=4, vectors=3)),
+    "tnt": tnt,
+    "tnt, bias in the matrix": partial(tnt, tensors=Tensors(Flattening.POSITIONS, joined=True)),
 }
 
 
@@ -322,6 +333,10 @@ BLOCKS: dict[type[Block], Callable[[], Block]] = {
     ExampleAveraged: lambda: MiniBlocks(per_example=True)(_layer(nn.Linear(6, 3).double(), Kind.MATRIX)),
     ExampleRows: lambda: MiniBlocks(False, per_example=True)(_layer(nn.Linear(6, 3).double(), Kind.MATRIX)),
     ExampleKernels: lambda: MiniBlocks(per_example=True)(_layer(nn.Conv2d(2, 3, 2).double(), Kind.KERNELS)),
+    KroneckerPairs: lambda: QuasiNewton()(_layer(nn.Linear(6, 3).double(), Kind.MATRIX)),
+    KroneckerPairsPatches: lambda: QuasiNewton()(_layer(nn.Conv2d(2, 3, 2).double(), Kind.KERNELS)),
     Entries: lambda: MiniBlocks()(_layer(nn.LayerNorm(4).double(), Kind.OTHER)),
+    Shampoo: lambda: Shampoo(_layer(nn.Conv2d(2, 3, 2).double(), Kind.KERNELS), Tensors(largest=3, vectors=2)),
+    TNT: lambda: TNT(_layer(nn.Linear(6, 3).double(), Kind.MATRIX), Tensors(joined=True)),
 }
 LENGTHS: dict[type[Length], Callable[[], Length]] = {Natural: Natural, KLClip: KLClip, UnitEntries: UnitEntries}

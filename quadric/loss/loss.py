@@ -73,7 +73,7 @@ class Loss(nn.Module):
     def sample(self, output: Tensor, target: Any, generator: torch.Generator) -> Any:
         """A target drawn from the model's own distribution given ``output``, with the padding of ``target``."""
         raise NotImplementedError(
-            f"{type(self).__name__} is no distribution of targets: use another curvature than Curvature.FISHER"
+            f"{type(self).__name__} is no distribution of targets: use the empirical Fisher matrix or another curvature"
         )
 
 

@@ -19,11 +19,15 @@ from torch import Tensor, nn
 
 from quadric.comm.communicator import Communicator, Solo
 from quadric.objective.memory import free
-from quadric.optim.blocks import Block, Call, Seen, statistics_type
+from quadric.objective.objective import Objective
+from quadric.optim.blocks import Block, Call, SecondLook, Seen, deal, statistics_type
 from quadric.optim.capture import Capture, examples
+from quadric.optim.checks import check_parameter, check_rates
 from quadric.optim.damping import Damping, Fixed
+from quadric.optim.fisher import Fisher, check_closure, check_fisher, drawn
 from quadric.optim.layers import Gradient, Layer, find_layers
 from quadric.optim.length import Length, UnitEntries
+from quadric.optim.second_pass import SecondPass, compare, look
 from quadric.options import check_whole
 
 logger = logging.getLogger(__name__)
@@ -100,6 +104,9 @@ class BlockDiagonal(torch.optim.Optimizer):
             that make inverses measure by the closure; it is for lengths that are `Natural` or near it.
         schedule: when statistics and inverses are made.
         length: of the steps.
+        fisher: whose gradients and calls the statistics are of: those of the step, or, where "sampled", those of the
+            same batch at targets drawn from the model, for which `step` and `observe` want an `Objective`; steps whose
+            statistics are due then have a second pass.
         patience: steps skipped in a row after which there is an error.
         communicator: of ranks that hold the same model and give it the same gradients, as DistributedDataParallel and
             an `Objective` do: each makes a part of the inverses, dealt out by cost, and has the others' from them.
@@ -124,10 +131,11 @@ class BlockDiagonal(torch.optim.Optimizer):
         damping: float | Damping = 0.03,
         schedule: Schedule = Schedule(),
         length: Length = UnitEntries(),
+        fisher: Fisher = "empirical",
         patience: int = 10,
         communicator: Communicator = Solo(),
     ) -> None:
-        _check_rates(lr=lr, momentum=momentum, weight_decay=weight_decay)
+        check_rates(lr=lr, momentum=momentum, weight_decay=weight_decay)
         self.rule = damping if isinstance(damping, Damping) else Fixed(damping)
         if not self.rule.initial > 0:
             raise ValueError(f"damping={damping}: must be positive: statistics of few steps have no inverse without it")
@@ -135,7 +143,7 @@ class BlockDiagonal(torch.optim.Optimizer):
         if patience < 1:
             raise ValueError(f"patience={patience}: give a number of steps, 1 at least")
         self.model, self.block, self.schedule, self.length, self.patience = model, block, schedule, length, patience
-        self.communicator = communicator
+        self.communicator, self.fisher = communicator, check_fisher(fisher)
         self._blocks: list[Block] = []
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__([p for p in model.parameters() if p.requires_grad] if params is None else params, defaults)
@@ -144,7 +152,7 @@ class BlockDiagonal(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy needs: the parts beside what torch keeps."""
-        names = ("model", "block", "schedule", "length", "patience", "rule", "communicator", "_blocks")
+        names = ("model", "block", "schedule", "length", "patience", "rule", "communicator", "fisher", "_blocks")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -155,7 +163,8 @@ class BlockDiagonal(torch.optim.Optimizer):
         """Has the calls recorded that blocks ask for, on steps when statistics are due."""
         due = weakref.WeakMethod(self._due)
         layers = [block.layer for block in self._serving if block.wants_calls]
-        self._capture = Capture(self.model, layers, lambda: (method := due()) is not None and method())
+        outputs = [block.layer for block in self._serving if isinstance(block, SecondLook)]
+        self._capture = Capture(self.model, layers, lambda: (method := due()) is not None and method(), outputs)
 
     def _due(self) -> bool:
         return self.param_groups[0]["step"] % self.schedule.statistics == 0
@@ -173,13 +182,18 @@ class BlockDiagonal(torch.optim.Optimizer):
         names = {id(p): name for name, p in self.model.named_parameters()}
         params = [p for group in self.param_groups for p in group["params"]]
         for p in params:
-            _check_parameter(p, names.get(id(p)), self.model)
+            check_parameter(p, names.get(id(p)), self.model)
         known = {block.layer.parameters: block for block in self._blocks}
         layers = find_layers(self.model, params)
         self._blocks = [known[layer.parameters] if layer.parameters in known else self.block(layer) for layer in layers]
         for parameters in known.keys() - {layer.parameters for layer in layers}:
             self.state.pop(parameters[0], None)  # the layer has another parameter now, and begins anew
         self._check_memory([block for block in self._blocks if block.layer.parameters not in known])
+
+    @property
+    def wants_closure(self) -> bool:
+        """Whether `step` must have a closure, which it calls again after a step."""
+        return any(isinstance(block, SecondLook) for block in self._serving) or not isinstance(self.rule, Fixed)
 
     @property
     def coverage(self) -> tuple[Coverage, ...]:
@@ -201,56 +215,69 @@ class BlockDiagonal(torch.optim.Optimizer):
         """One step; returns what the closure does.
 
         Raises:
-            ValueError: no parameter has a gradient, or one is sparse.
+            ValueError: no parameter has a gradient, or one is sparse; there is no closure where one is wanted, or no
+                `Objective` where the Fisher matrix is "sampled".
             FloatingPointError: too many steps in a row had a gradient that is not finite.
         """
+        check_closure(self.fisher, closure)
         value = None
         if closure is not None:
+            second_pass = SecondPass(self.model, closure)
             with torch.enable_grad():
                 value = closure()
         elif not isinstance(self.rule, Fixed):
             raise ValueError(f"damping={self.rule}: it follows the loss after a step; call step(closure)")
+        elif self.wants_closure:
+            raise ValueError("step() without a closure: pairs are of a second pass after the step; call step(closure)")
         calls, shown = self._capture.take(), self._shown()
         if self._finite(shown):
             counts = self.param_groups[0]
             refreshes = self.schedule.refreshes(counts["step"])
-            if self._due():
-                self._observe(shown, calls, self.schedule.share(counts["observed"]))
+            due, share = self._due(), self.schedule.share(counts["observed"])
+            if due and not self._observe(shown, calls, share, closure):
+                return value
+            before = look(shown, calls) if due else {}
+            calls = {}  # before those of another pass
             if refreshes:
                 self._refresh()
             foreseen = self._move(shown)
+            after = None
+            if before:
+                with self._capture.recording():
+                    after = second_pass()
+                    compare(before, self._capture.take(), self.state, share, counts["damping"], self.communicator)
             if refreshes and closure is not None and not isinstance(self.rule, Fixed):
-                self._adapt(closure, value, foreseen)
+                self._adapt(value, second_pass() if after is None else after, foreseen)
                 self._capture.clear()
-            counts["step"] += 1
+            counts.update(step=counts["step"] + 1, skipped_in_a_row=0)
         return value
 
-    def _adapt(self, closure: Callable[[], Any], before: Any, foreseen: float) -> None:
-        """The next damping, by what the loss is after the step: on the same data, without keeping its gradient."""
-        params = [p for group in self.param_groups for p in group["params"]]
-        gradients = [p.grad for p in params]
-        with torch.enable_grad():
-            change = float(closure()) - float(before)
-        for p, g in zip(params, gradients, strict=True):
-            p.grad = g
+    def _adapt(self, before: Any, after: Any, foreseen: float) -> None:
+        """The next damping, by what the loss is after the step, on the same data."""
+        change = float(after) - float(before)
         self.param_groups[0]["damping"] = self.rule.update(
             self.param_groups[0]["damping"], change / foreseen if foreseen < 0 else math.nan
         )
 
     @torch.no_grad()
-    def observe(self) -> None:
+    def observe(self, closure: Callable[[], Any] | None = None) -> None:
         """Takes the present gradients into the statistics, without a step: for a pass over the data before the first.
 
-        For each minibatch: ``optimizer.zero_grad()``, ``backward()``, ``optimizer.observe()``. All count the same.
+        For each minibatch: ``optimizer.zero_grad()``, ``backward()``, ``optimizer.observe()``, or
+        ``optimizer.observe(closure)``. All count the same.
         """
+        check_closure(self.fisher, closure)
         if self._capture.layers and not self._due():
             raise ValueError(
                 "observe() in a step when no statistics are due: calls of modules are not recorded then; call it "
                 "before the first step, or set statistics=1 in the schedule"
             )
+        if closure is not None:
+            with torch.enable_grad():
+                closure()
         calls, shown = self._capture.take(), self._shown()
         if self._finite(shown):
-            self._observe(shown, calls, 1 / (self.param_groups[0]["observed"] + 1))
+            self._observe(shown, calls, 1 / (self.param_groups[0]["observed"] + 1), closure)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
@@ -262,7 +289,7 @@ class BlockDiagonal(torch.optim.Optimizer):
         for block in self._serving:
             if all(p.grad is None for p in block.layer.parameters):
                 continue
-            gradient = [torch.zeros_like(p) if p.grad is None else p.grad for p in block.layer.parameters]
+            gradient = block.layer.gradient
             for g in gradient:
                 if g.is_sparse:
                     raise ValueError(
@@ -276,11 +303,10 @@ class BlockDiagonal(torch.optim.Optimizer):
 
     def _finite(self, shown: Sequence[tuple[Block, Gradient]]) -> bool:
         """Whether all gradients are; counts it if not."""
-        counts = self.param_groups[0]
         norms = torch._foreach_norm([g for _, gradient in shown for g in gradient])
         if bool(torch.stack([norm.float() for norm in norms]).isfinite().all()):
-            counts["skipped_in_a_row"] = 0
             return True
+        counts = self.param_groups[0]
         counts["skipped"] += 1
         counts["skipped_in_a_row"] += 1
         bad = [block.layer.name for block, gradient in shown if not all(bool(g.isfinite().all()) for g in gradient)]
@@ -293,20 +319,32 @@ class BlockDiagonal(torch.optim.Optimizer):
         return False
 
     def _observe(
-        self, shown: list[tuple[Block, Gradient]], calls: Mapping[Layer, Sequence[Call]], share: float
-    ) -> None:
-        called = self._called([len(calls.get(block.layer, ())) for block, _ in shown])
-        for place, ((block, gradient), heard) in enumerate(zip(shown, called, strict=True)):
-            numbers, found = self.state[block.layer.weight], calls.get(block.layer, ())
+        self,
+        shown: list[tuple[Block, Gradient]],
+        calls: Mapping[Layer, Sequence[Call]],
+        share: float,
+        closure: Callable[[], Any] | None,
+    ) -> bool:
+        """Moves the statistics, unless what is drawn for them is not finite; whether it does."""
+        counts, blocks, gradients = self.param_groups[0], [block for block, _ in shown], [own for _, own in shown]
+        if self.fisher == "sampled" and isinstance(closure, Objective):
+            gradients = drawn(closure, counts["observed"], [block.layer for block in blocks])
+            calls = self._capture.take()
+            if not self._finite(list(zip(blocks, gradients, strict=True))):
+                return False
+        called = self._called([len(calls.get(block.layer, ())) for block in blocks])
+        for place, (block, gradient, heard) in enumerate(zip(blocks, gradients, called, strict=True)):
+            numbers, found, own = self.state[block.layer.weight], calls.get(block.layer, ()), shown[place][1]
             if heard or not block.wants_calls:
                 block.observe(numbers, Seen(gradient, found, examples(found)), share)
                 if block.wants_calls and self.communicator.size > 1:
                     statistics = [x for name, x in numbers.items() if name.startswith("statistics_")]
                     self.communicator.sum_(*statistics)
                     torch._foreach_div_(statistics, self.communicator.size)
-            elif any(bool(g.any()) for g in gradient):
-                shown[place] = (self._replaced(block, gradient), gradient)
-        self.param_groups[0]["observed"] += 1
+            elif any(bool(g.any()) for g in (*gradient, *own)):
+                shown[place] = (self._replaced(block, gradient), own)
+        counts.update(observed=counts["observed"] + 1, skipped_in_a_row=0)
+        return True
 
     def _called(self, calls: Sequence[int]) -> list[bool]:
         """Of which layers there were calls, on any rank."""
@@ -321,7 +359,7 @@ class BlockDiagonal(torch.optim.Optimizer):
         assert block.otherwise is not None
         logger.warning("%s: %s; it has %s", block.layer.name, block.otherwise.reason, type(block.otherwise).__name__)
         numbers = self.state[block.layer.weight]
-        for name in [name for name in numbers if name.startswith(("statistics_", "inverse_"))]:
+        for name in [name for name in numbers if name != "momentum"]:
             del numbers[name]
         numbers["uncalled"] = torch.tensor(True)
         block.otherwise.observe(numbers, Seen(gradient), 1.0)
@@ -410,37 +448,3 @@ class BlockDiagonal(torch.optim.Optimizer):
 
 def _bytes(block: Block) -> int:
     return block.elements * statistics_type(block.layer.weight).itemsize
-
-
-def deal(work: Sequence[float], ranks: int) -> list[int]:
-    """The rank of each piece of work: the dearest first, each to who has least so far (Graham, 1969).
-
-    >>> deal([5.0, 4.0, 3.0, 3.0, 3.0], 2)
-    [0, 1, 1, 0, 1]
-    """
-    loads, owners = [0.0] * ranks, [0] * len(work)
-    for piece in sorted(range(len(work)), key=lambda piece: -work[piece]):
-        owners[piece] = loads.index(min(loads))
-        loads[owners[piece]] += work[piece]
-    return owners
-
-
-def _check_rates(**options: float) -> None:
-    for name, value in options.items():
-        if not 0 <= value < (1 if name == "momentum" else math.inf):
-            raise ValueError(f"{name}={value}: must be at least 0" + (" and less than 1" if name == "momentum" else ""))
-
-
-def _check_parameter(p: Tensor, name: str | None, model: nn.Module) -> None:
-    if name is None:
-        raise ValueError(
-            f"a parameter of shape {tuple(p.shape)} is none of model={type(model).__name__}: an optimiser of layers "
-            "serves one model; build another for the other, or put both into one nn.ModuleList"
-        )
-    if p.is_complex():
-        raise ValueError(f"{name} is complex: train its real view, torch.view_as_real, or leave it out of params")
-    if hasattr(p, "device_mesh"):
-        raise ValueError(
-            f"{name} is sharded over devices: blocks are of whole layers; use DistributedDataParallel, or leave it out "
-            "of params"
-        )

@@ -30,11 +30,13 @@ class Call:
         inputs: what the module was called with.
         cotangent: the gradient of the loss with respect to its output.
         number: of the backward pass, where gradients of several are accumulated.
+        outputs: the sum of its outputs over examples and positions, ``[outputs]``, where the block is a `SecondLook`.
     """
 
     inputs: Tensor
     cotangent: Tensor
     number: int = 0
+    outputs: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,29 @@ class Block(ABC):
         """The inverse's action: P g, of a gradient in the statistics' type."""
 
 
+class SecondLook(Block):
+    """A block that learns from what a step changes: where statistics are due the closure is called after it too."""
+
+    wants_calls = True
+
+    @abstractmethod
+    def look(self, seen: Seen) -> list[Tensor]:
+        """What is to be compared: sums over calls, zero without any, of which the mean over the ranks is taken."""
+
+    @abstractmethod
+    def learn(
+        self, numbers: Numbers, before: Sequence[Tensor], after: Sequence[Tensor], share: float, damping: float
+    ) -> None:
+        """Takes in what `look` has seen before a step and after it.
+
+        Args:
+            numbers: the block's.
+            before, after: of the same data.
+            share: of the newest statistics in the averages.
+            damping: as a share of the layer's mean curvature.
+        """
+
+
 def statistics_type(like: Tensor) -> torch.dtype:
     """The type statistics and inverses are kept in: that of the parameters, float32 at least."""
     return torch.promote_types(like.dtype, torch.float32)
@@ -141,6 +166,8 @@ def inverse(matrices: Tensor, damping: Tensor) -> Tensor:
 
 def power(matrices: Tensor, damping: Tensor, exponent: float) -> Tensor:
     """(S + damping I)^exponent by eigenvalues in float64; the rest as in `inverse`."""
+    if matrices.shape[-1] == 1:
+        return matrices.clamp(min=0.0).add_(damping[..., None, None]).pow_(exponent)
     values, vectors = torch.linalg.eigh(matrices.double())
     scaled = values.clamp(min=0.0).add_(damping.double().unsqueeze(-1)).pow_(exponent)
     return ((vectors * scaled.unsqueeze(-2)) @ vectors.mT).to(matrices.dtype)
@@ -163,3 +190,16 @@ def started(numbers: Numbers, name: str, shape: Sequence[int], like: Tensor) -> 
 def shift_of(damping: float, mean: Tensor) -> Tensor:
     """What is added to the diagonal: a share of its mean; of no curvature, the share itself."""
     return torch.where(mean > 0, mean, torch.ones_like(mean)) * damping
+
+
+def deal(work: Sequence[float], ranks: int) -> list[int]:
+    """The rank of each piece of work: the dearest first, each to who has least so far (Graham, 1969).
+
+    >>> deal([5.0, 4.0, 3.0, 3.0, 3.0], 2)
+    [0, 1, 1, 0, 1]
+    """
+    loads, owners = [0.0] * ranks, [0] * len(work)
+    for piece in sorted(range(len(work)), key=lambda piece: -work[piece]):
+        owners[piece] = loads.index(min(loads))
+        loads[owners[piece]] += work[piece]
+    return owners

@@ -164,14 +164,18 @@ class Kronecker(Block):
         numbers["inverse_G"] = inverse(G, shift_of(damping**0.5, of_G))
 
     def apply(self, numbers: Numbers, gradient: Gradient) -> Gradient:
-        A, G = numbers["inverse_A"], numbers["inverse_G"]
+        A = numbers["inverse_A"]
         weight, *bias = gradient
         D = self._matrix(weight)
         step, biases = D @ A[: D.shape[1], : D.shape[1]], []
         for b in bias:
             step.addr_(b, A[-1, :-1])
-            biases.append(G @ torch.addmv(b * A[-1, -1], D, A[:-1, -1]))
-        return [self._weight(G @ step), *biases]
+            biases.append(self._from_left(numbers, torch.addmv(b * A[-1, -1], D, A[:-1, -1])))
+        return [self._weight(self._from_left(numbers, step)), *biases]
+
+    def _from_left(self, numbers: Numbers, x: Tensor) -> Tensor:
+        """G^-1 x."""
+        return numbers["inverse_G"] @ x
 
     def _reduced(self, calls: Sequence[Call], dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
         """Of each pass the mean input over the positions of each example, and the sum of the gradients."""

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
+import torch
 from torch import Tensor, nn
 
 Gradient = Sequence[Tensor]
@@ -43,6 +44,11 @@ class Layer:
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+    @property
+    def gradient(self) -> Gradient:
+        """That of its parameters; zero for one that has none."""
+        return [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
 
 
 def find_layers(model: nn.Module, params: Iterable[nn.Parameter]) -> list[Layer]:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from cases import MicroBatch, draw, padded_classes
-from quadric.loss.loss import CrossEntropy, SquaredError
+from quadric.loss.loss import CrossEntropy, Loss, SquaredError
+from quadric.objective.anchor import Anchor
 from quadric.objective.curvature import Curvature
 from quadric.objective.objective import Objective
 from quadric.space import ParameterSpace
@@ -262,3 +263,55 @@ def test_misuse_is_explained() -> None:
         Objective(net(), Weighing(math.nan), [data()])
     with pytest.raises(ValueError, match=r"gradient=<generator.* is read many times, each time the same: give a list"):
         Objective(net(), CrossEntropy(), (batch for batch in [data()]))  # type: ignore[arg-type]
+
+
+class Unmoved(CrossEntropy):
+    """Draws the very targets of the data."""
+
+    def sample(self, output: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
+        return target
+
+
+def test_at_the_targets_of_the_data_the_drawn_gradient_is_the_closures() -> None:
+    """But for the anchor; running statistics do not move a second time, and dropout drops the same."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.Dropout(0.4), nn.Linear(6, 4)).double()
+    batches = [(draw(5, 3, seed=s), torch.arange(5) % 4) for s in (0, 1)]
+    objective = Objective(model, Unmoved(), batches)
+    value = objective()
+    expected = [p.grad for p in model.parameters()]
+    statistics = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    anchored = Objective(model, Unmoved(), batches, anchor=Anchor(torch.zeros(objective.space.size).double(), 1.0))
+    assert float(anchored.sampled()) == float(value)
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), expected, strict=True))
+    assert all(torch.equal(buffer, statistics[name]) for name, buffer in model.named_buffers())
+    anchored()
+    assert not torch.equal(model[0].weight.grad, expected[0])
+
+
+def test_the_second_moment_of_drawn_gradients_is_the_fisher_matrix() -> None:
+    """Over the number of frames; each draw has targets of its own, and the same ones again."""
+    model = nn.Sequential(nn.Linear(2, 3, bias=False)).double()
+    objective = Objective(
+        model, CrossEntropy(), [(draw(2, 3, 2), padded_classes(3, 3, [3, 1])), (draw(2, 2), 0 * draw(2).long())]
+    )
+    theta = objective.space.point()
+
+    def drawn(number: int) -> Tensor:
+        objective.sampled(number)
+        return model[0].weight.grad.flatten()
+
+    gradients = torch.stack([drawn(number) for number in range(800)])
+    assert torch.equal(drawn(7), gradients[7]) and len(gradients.unique(dim=0)) > 100
+    found = objective.frames * gradients.T @ gradients / len(gradients)
+    expected = dense.matrix_of(objective.curvature(theta, Curvature.GAUSS_NEWTON))  # the Fisher matrix of a softmax
+    assert float((found - expected).norm()) < 0.12 * float(expected.norm())
+    assert float(gradients.mean(0).norm()) < 0.1 * float(gradients.square().sum(1).mean().sqrt())
+
+
+def test_a_loss_that_is_no_distribution_draws_nothing() -> None:
+    class Absolute(SquaredError):
+        sample = Loss.sample
+
+    with pytest.raises(NotImplementedError, match="empirical Fisher matrix"):
+        Objective(nn.Linear(2, 2).double(), Absolute(), [(draw(3, 2), draw(3, 2))]).sampled()
