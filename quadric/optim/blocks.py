@@ -18,7 +18,7 @@ from quadric.optim.layers import Gradient, Layer
 Numbers = dict[str, Tensor]
 """The statistics and inverses of one block, by name."""
 
-_STRIPE = 256
+_STRIPE = 128
 """Columns of a Gram matrix that are made at a time, of its lower half."""
 
 

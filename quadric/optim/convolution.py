@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from quadric.optim.blocks import gram_
+
 _CHUNK = 2**22
 """Numbers that are laid out anew at a time."""
 
@@ -101,10 +103,12 @@ class Patches:
         for some in chunks(len(x), size * x.shape[2] * widths):
             F = self._columns(x[some], widths, S.dtype)
             for distance in range(rows.size):
-                gram = S.new_empty(0)
+                gram = S.new_zeros(size, size)
                 for j in range(rows.size - distance):
                     i = j + distance
-                    if j == 0 or not slides:
+                    if distance == 0 and (j == 0 or not slides):
+                        gram_(gram, F[:, rows.places(j, outputs)].flatten(1).T, 0.0, 1.0)
+                    elif j == 0 or not slides:
                         gram = _product(F, rows.places(i, outputs), rows.places(j, outputs))
                     else:
                         for start, sign in (((j - 1) * rows.dilation, -1), ((j - 1) * rows.dilation + outputs, 1)):

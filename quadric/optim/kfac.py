@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from quadric.optim.block_diagonal import BlockDiagonal
 from quadric.optim.blocks import Block, Call, Numbers, Seen, gram_, inverse, shift_of, started
-from quadric.optim.capture import UNCALLED, obstacle
+from quadric.optim.capture import UNCALLED, examples, obstacle
 from quadric.optim.convolution import Patches
 from quadric.optim.layers import Gradient, Layer
 from quadric.optim.mini_block import MiniBlocks
 from quadric.optim.per_example import passes
+from quadric.options import check_whole
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,14 @@ class KroneckerFactors:
             A and sqrt(lambda) / pi to G. ``"trace"``: pi^2 = (tr(A) / n_A) / (tr(G) / n_G), each factor's diagonal
             grows by the same share, and steps of a given length are those of the loss times any number
             (Martens and Grosse, 2015, section 6.3). ``"one"``: pi = 1.
+        every: of the examples of a batch, only every so many are in the factors, which costs less in proportion
+            (Martens and Grosse, 2015, have one in eight).
         otherwise: the blocks of layers that have no such factors.
     """
 
     sharing: Literal["expand", "reduce"] = "expand"
     pi: Literal["trace", "one"] = "trace"
+    every: int = 1
     otherwise: Callable[[Layer], Block] = MiniBlocks()
 
     def __post_init__(self) -> None:
@@ -48,6 +52,9 @@ class KroneckerFactors:
             raise ValueError(f"sharing={self.sharing!r}: give 'expand' or 'reduce'")
         if self.pi not in ("trace", "one"):
             raise ValueError(f"pi={self.pi!r}: give 'trace' or 'one'")
+        check_whole(every=self.every)
+        if self.every < 1:
+            raise ValueError(f"every={self.every}: give 1 for all examples, or a larger number for fewer")
 
     def __call__(self, layer: Layer) -> Block:
         other, reason = self.otherwise(layer), obstacle(layer)
@@ -128,16 +135,20 @@ class Kronecker(Block):
         if not seen.calls:  # on this rank, of those whose statistics are put together
             torch._foreach_mul_([A, G], keep)
             return
+        n = self.options.every
+        calls = [Call(call.inputs[::n], call.cotangent[::n], call.number) for call in seen.calls]
+        taken = examples(calls)
+        of_G = share * seen.examples**2 / taken
         if self.options.sharing == "reduce":
-            for a, g in self._reduced(seen.calls, A.dtype):
-                _add(A, a, keep, share / seen.examples)
-                gram_(G, g, keep, share * seen.examples)
+            for a, g in self._reduced(calls, A.dtype):
+                _add(A, a, keep, share / taken)
+                gram_(G, g, keep, of_G)
                 keep = 1.0
             return
-        positions = sum(call.cotangent.numel() for call in seen.calls) // self.outputs
-        for call in seen.calls:
+        positions = sum(call.cotangent.numel() for call in calls) // self.outputs
+        for call in calls:
             self._add_inputs(A, call.inputs, keep, share / positions)
-            gram_(G, self._at_outputs(call.cotangent).to(G.dtype), keep, share * seen.examples)
+            gram_(G, self._at_outputs(call.cotangent).to(G.dtype), keep, of_G)
             keep = 1.0
 
     def mean_curvature(self, numbers: Numbers) -> Tensor:

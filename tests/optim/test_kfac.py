@@ -302,10 +302,26 @@ def test_an_objective_records_the_pass_its_gradient_is_of() -> None:
     assert values[-1] < 0.9 * values[0]
 
 
-@pytest.mark.parametrize("option", [{"sharing": "mean"}, {"pi": "two"}])
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_factors_of_some_examples_are_those_of_a_batch_of_these(sharing: str) -> None:
+    for build, shape in kronecker.LAYERS.values():
+        made = []
+        for every in (1, 2):
+            torch.manual_seed(0)
+            model = nn.Sequential(build()).double()
+            x = draw(*shape)
+            y = draw(*model(x).shape, seed=1)
+            x, y = (x[::2], y[::2]) if every == 1 else (x, y)
+            factors = KroneckerFactors(sharing=sharing, every=every)  # type: ignore[arg-type]
+            made.append(statistics(observed(model, x, y, factors), model[0].weight))
+        for fewer, some in zip(*made, strict=True):
+            torch.testing.assert_close(fewer, some)
+
+
+@pytest.mark.parametrize("option", [{"sharing": "mean"}, {"pi": "two"}, {"every": 0}])
 def test_misuse(option: dict[str, str]) -> None:
     ((name, value),) = option.items()
-    with pytest.raises(ValueError, match=f"{name}='{value}': give"):
+    with pytest.raises(ValueError, match=f"{name}={value!r}: give"):
         KroneckerFactors(**option)  # type: ignore[arg-type]
 
 
