@@ -138,7 +138,7 @@ class Kronecker(Block):
         n = self.options.every
         calls = [Call(call.inputs[::n], call.cotangent[::n], call.number) for call in seen.calls]
         taken = examples(calls)
-        of_G = share * seen.examples**2 / taken
+        of_G = share * seen.examples * examples(seen.calls) / taken
         if self.options.sharing == "reduce":
             for a, g in self._reduced(calls, A.dtype):
                 _add(A, a, keep, share / taken)

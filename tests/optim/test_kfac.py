@@ -302,6 +302,29 @@ def test_an_objective_records_the_pass_its_gradient_is_of() -> None:
     assert values[-1] < 0.9 * values[0]
 
 
+def test_factors_of_drawn_targets_are_of_their_own_pass() -> None:
+    made = []
+    for fisher in ("sampled", "empirical"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+        objective = Objective(model, CrossEntropy(), [(draw(6, 3, seed=k), torch.arange(6) % 2) for k in (0, 1)])
+        optimizer = kfac(model, fisher=fisher)
+        optimizer.step(objective)
+        made.append([*statistics(optimizer, model[0].weight), *statistics(optimizer, model[2].weight)])
+        assert not optimizer._capture._calls
+    torch.manual_seed(0)
+    model.load_state_dict(nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4)).state_dict())
+    with (capture := Capture(model, find_layers(model, model.parameters()), lambda: False)).recording():
+        objective.sampled(0)
+    expected = []
+    for calls in capture.take().values():
+        a = torch.cat([torch.cat([call.inputs, torch.ones(6, 1, dtype=torch.float64)], 1) for call in calls])
+        g = torch.cat([call.cotangent * 12 for call in calls])
+        expected += [a.T @ a / 12, g.T @ g / 12]
+    torch.testing.assert_close(made[0], expected)
+    assert torch.equal(made[0][0], made[1][0]) and not torch.allclose(made[0][3], made[1][3], rtol=0.1)
+
+
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 def test_factors_of_some_examples_are_those_of_a_batch_of_these(sharing: str) -> None:
     for build, shape in kronecker.LAYERS.values():
