@@ -107,7 +107,7 @@ def kbfgs(
     ...     loss = model(torch.ones(5, 1, 4, 4)).square().mean()
     ...     loss.backward()
     ...     return loss
-    >>> float(optimizer.step(closure)) > float(closure())
+    >>> bool(optimizer.step(closure) > closure())
     True
     """
     return BlockDiagonal(model, blocks, params, lr=lr, damping=damping, **options)

@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from cases import draw
+from quadric.comm.communicator import Solo
 from quadric.optim.block_diagonal import BlockDiagonal, Schedule
-from quadric.optim.blocks import Numbers
+from quadric.optim.blocks import Call, Numbers, Seen
 from quadric.optim.damping import LevenbergMarquardt
 from quadric.optim.kbfgs import QuasiNewton, kbfgs, kbfgs_l
 from quadric.optim.length import Natural
+from quadric.optim.second_pass import compare
 from reference import dense
 from reference.quasi_newton import Twin
 
@@ -205,6 +207,31 @@ def test_a_second_pass_that_is_not_finite_does_no_harm() -> None:
     for _ in range(20):
         value = optimizer.step(closure_of(module, optimizer, x))
     assert value.isfinite() and not torch.equal(H_g(optimizer), before[0])
+
+
+class Alike(Solo):
+    """Two ranks that hold the same."""
+
+    size = 2
+
+    def sum_(self, *tensors: Tensor) -> None:
+        torch._foreach_mul_(tensors, 2.0)
+
+
+def test_ranks_learn_from_the_means_of_theirs() -> None:
+    learnt = []
+    for communicator in (Solo(), Alike()):
+        torch.manual_seed(0)
+        module = nn.Linear(4, 3).double()
+        optimizer = kbfgs(module)
+        optimizer.step(closure_of(module, optimizer, draw(5, 4)))
+        block, numbers = of(optimizer)
+        first, second = (Call(draw(5, 4), draw(5, 3, seed=k), 0, draw(3, seed=9 + k)) for k in range(2))
+        before = {block: block.look(Seen((), [first]))}
+        compare(before, {block.layer: [second]}, optimizer.state, 0.5, 0.1, communicator)
+        learnt.append([numbers[name] for name in ("s", "y", "inverse_A", "inverse_G")])
+    for one, two in zip(*learnt, strict=True):
+        torch.testing.assert_close(two, one)
 
 
 def test_pairs_are_kept_up_to_the_memory() -> None:
