@@ -198,6 +198,17 @@ def test_of_one_entry_shampoo_takes_the_sign_and_tnt_the_inverse(build_optimiser
     assert module.weight.item() == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("exponent", [-0.5, -1.0])
+def test_of_a_table_shampoo_takes_entries(exponent: float) -> None:
+    model = nn.Embedding(3, 2).double()
+    optimiser = shampoo(model, lr=1.0, momentum=0.0, damping=0.25, exponent=exponent, length=Natural())
+    before = model.weight.detach().clone()
+    g = model.weight.grad = torch.arange(6.0, dtype=torch.float64).view(3, 2)
+    optimiser.step()
+    step = g * (g.square() + 0.25 * g.square().mean()) ** exponent
+    torch.testing.assert_close(before - model.weight.detach(), step)
+
+
 @pytest.mark.parametrize("build_optimiser", [shampoo, tnt])
 def test_the_report_says_which_factors_are_cut(build_optimiser: Callable[..., object]) -> None:
     model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 600), nn.LayerNorm(600))

@@ -117,5 +117,10 @@ def test_drawn_gradients_that_are_not_finite_skip_the_step() -> None:
     assert torch.equal(model.weight, before) and model.weight.grad.isfinite().all()
     assert optimiser.param_groups[0]["skipped"] == optimiser.param_groups[0]["skipped_in_a_row"] == 9
     assert not statistics(optimiser)
-    with pytest.raises(FloatingPointError, match="in 10 steps in a row"):
-        optimiser.step(objective)
+    good = Objective(model, SquaredError(), [(draw(4, 3).float(), draw(4, 2).float())])
+    for call in (optimiser.observe, optimiser.step):
+        with pytest.raises(FloatingPointError, match="in 10 steps in a row"):
+            optimiser.step(objective)
+        call(good)
+        assert optimiser.param_groups[0]["skipped_in_a_row"] == 0
+        optimiser.param_groups[0]["skipped_in_a_row"] = 9
