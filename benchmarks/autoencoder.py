@@ -146,8 +146,9 @@ METHODS: dict[str, Method] = {
 def network(images: Images, *, narrow: bool) -> nn.Sequential:
     """An encoder and its mirror image, sparsely initialised: 15 incoming weights a unit, N(0, 1)."""
     torch.manual_seed(0)
-    pixels, widths = images.training.shape[1], [w // (images.narrower if narrow else 1) for w in images.widths]
-    sizes = [pixels, *widths, images.code, *widths[::-1], pixels]
+    pixels, *widths, code = images.sizes
+    widths = [width // (images.narrower if narrow else 1) for width in widths]
+    sizes = [pixels, *widths, code, *widths[::-1], pixels]
     layers: list[nn.Module] = []
     for i in range(len(sizes) - 1):
         layer = nn.Linear(sizes[i], sizes[i + 1])
@@ -155,8 +156,8 @@ def network(images: Images, *, narrow: bool) -> nn.Sequential:
             chosen = torch.rand(layer.weight.shape).argsort(1)[:, :15]
             layer.weight.zero_().scatter_(1, chosen, torch.randn(chosen.shape))
             layer.bias.zero_()
-        code = i == len(sizes) // 2 - 1
-        layers += [layer] if code or i == len(sizes) - 2 else [layer, nn.Sigmoid()]
+        linear = i in (len(sizes) // 2 - 1, len(sizes) - 2)
+        layers += [layer] if linear else [layer, nn.Sigmoid()]
     return nn.Sequential(*layers)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,9 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
+
+from quadric.data.images import read_idx, read_orl_faces
+from quadric.model import vision
 
 SIDE = 28
 """Pixels of a side of MNIST's images and of CURVES'."""
@@ -29,16 +31,14 @@ class Images:
 
     Attributes:
         training, held_out: images as rows, [N, pixels].
-        widths: of the encoder's hidden layers; the decoder mirrors them.
-        code: units of the linear code.
+        sizes: of the encoder: pixels, hidden layers, code; the decoder mirrors them.
         logistic: images are probabilities and outputs logistic; otherwise both are real.
         narrower: what ``--narrow`` divides the widths by.
     """
 
     training: Float[Tensor, "N D"]
     held_out: Float[Tensor, "M D"]
-    widths: tuple[int, ...]
-    code: int
+    sizes: tuple[int, ...]
     logistic: bool = True
     narrower: int = 2
 
@@ -49,16 +49,14 @@ class Images:
 
 def mnist(folder: Path) -> Images:
     """MNIST's 60,000 training images as probabilities: the first 50,000 to train on, the others held out."""
-    with gzip.open(folder / "mnist" / "train-images-idx3-ubyte.gz") as file:
-        raw = file.read()
-    images = torch.from_numpy(np.frombuffer(raw, np.uint8, offset=16).reshape(-1, SIDE**2).astype(np.float32) / 255)
-    return Images(images[:50_000], images[50_000:], (1000, 500, 250), 30)
+    images = read_idx(folder / "mnist" / "train-images-idx3-ubyte.gz").flatten(1).float() / 255
+    return Images(images[:50_000], images[50_000:], vision.MNIST)
 
 
 def curves() -> Images:
     """20,000 drawn curves to train on, 10,000 others held out."""
     images = torch.from_numpy(draw_curves(control_points(30_000)))
-    return Images(images[:20_000], images[20_000:], (400, 200, 100, 50, 25), 6)
+    return Images(images[:20_000], images[20_000:], vision.CURVES)
 
 
 def faces(folder: Path) -> Images:
@@ -66,13 +64,12 @@ def faces(folder: Path) -> Images:
 
     In each pixel, the mean of the training set is zero; over all pixels, its variance is one.
     """
-    with np.load(folder / "orl_faces" / "orl_faces.npz") as file:
-        images, person = file["images"], file["subject"]
+    images, person = (array.numpy() for array in read_orl_faces(folder / "orl_faces" / "orl_faces.npz"))
     seen, unseen = cut_patches(images[person <= 30], 40_000, seed=0), cut_patches(images[person > 30], 10_000, seed=1)
     mean = seen.mean(0, dtype=np.float64).astype(np.float32)
     scale = float(np.sqrt(np.square(seen - mean, dtype=np.float64).mean()))
     training, held_out = (torch.from_numpy((patches - mean) / np.float32(scale)) for patches in (seen, unseen))
-    return Images(training, held_out, (2000, 1000, 500), 30, logistic=False, narrower=4)
+    return Images(training, held_out, vision.FACES, logistic=False, narrower=4)
 
 
 def control_points(count: int, *, seed: int = 0) -> Float[np.ndarray, "N 3 2"]:

@@ -8,18 +8,20 @@ For each network: training by cross-entropy, its lattices, and from there every 
 it; test is read for the chosen one. `OPTION=VALUE` goes to the recipe, as in ``quadric train``; those after
 `--sequence`, without their ``sequence.``, to the sequence trainings alone.
 
-Where the best learning rate of SGD or Adam is the lowest or the highest of its grid, the grid grows beyond it.
+Where the best learning rate of SGD or Adam is the lowest or the highest of its grid, the grid grows beyond it. A
+training that diverges is worse than any other.
 
 Columns: updates and seconds to the parameters that were kept and to the end; iterations of conjugate gradients an
 update; the criterion on dev (sequence accuracy for MPE and sMBR); word error rate on dev and on test; and, of
 second-order methods, the difference on test to the one of SGD and Adam that is better on dev, with its 95 % interval of
-a paired bootstrap over speakers and the probability of an improvement.
+a paired bootstrap over speakers (over the utterances of a single one) and the probability of an improvement.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -35,6 +37,7 @@ from quadric.train.console import bar
 from quadric.train.finished import scores
 from quadric.train.metrics import MetricsLog
 from quadric.train.pipeline import run
+from quadric.train.trainer import Diverged
 
 Grid = Mapping[str, Sequence[object]]
 
@@ -99,6 +102,18 @@ class Trained:
         }
 
 
+@dataclass(frozen=True)
+class Tried:
+    """A setting, and what was trained with it; None where that diverged."""
+
+    setting: Mapping[str, object]
+    trained: Trained | None
+
+    @property
+    def errors(self) -> float:
+        return math.inf if self.trained is None else self.trained.errors
+
+
 def main() -> None:
     chosen = _arguments()
     logging.basicConfig(level=logging.INFO if chosen.verbose else logging.WARNING)
@@ -126,12 +141,18 @@ def _one_network(network: str, chosen: argparse.Namespace, table: Table) -> None
     _add(table, network, "cross-entropy", cross_entropy, None)
     best: dict[str, Trained] = {}
     for method in sorted(chosen.methods, key=lambda name: name not in _FIRST_ORDER):
-        tried = []
+        tried: list[Tried] = []
         for setting in _searched(GRIDS[method], tried):
-            trained = _train(chosen, base, work, method, setting, f"{chosen.criterion}_{method}")
-            table.rows.append({"network": network, "training": method, "tried": True, **trained.row()})
-            tried.append(trained)
-        best[method] = _best(tried)
+            row = {"network": network, "training": method, "tried": True}
+            try:
+                trained = _train(chosen, base, work, method, setting, f"{chosen.criterion}_{method}")
+            except Diverged as error:
+                table.rows.append(row | {"setting": dict(setting), "diverged": str(error)})
+                tried.append(Tried(setting, None))
+            else:
+                table.rows.append(row | trained.row())
+                tried.append(Tried(setting, trained))
+        best[method] = _best([each.trained for each in tried if each.trained is not None])
         rivals = [best[name] for name in _FIRST_ORDER if name in best]
         compared = _compare(_best(rivals), best[method]) if method not in _FIRST_ORDER and rivals else None
         _add(table, network, method, best[method], compared)
@@ -141,13 +162,13 @@ def _best(trained: Sequence[Trained]) -> Trained:
     return min(trained, key=lambda each: each.errors)
 
 
-def _searched(grid: Grid, tried: Sequence[Trained]) -> Iterator[dict[str, object]]:
+def _searched(grid: Grid, tried: Sequence[Tried]) -> Iterator[dict[str, object]]:
     """All settings of ``grid``; then, while the best learning rate in ``tried`` is an end of them, the next beyond."""
     for values in product(*grid.values()):
         yield dict(zip(grid, values, strict=True))
     while "lr" in grid and len(tried) < MOST:
-        rates = sorted(trained.setting["lr"] for trained in tried)  # type: ignore[type-var]
-        rate = _best(tried).setting["lr"]
+        rates = sorted(each.setting["lr"] for each in tried)  # type: ignore[type-var]
+        rate = min(tried, key=lambda each: each.errors).setting["lr"]
         if rate not in (rates[0], rates[-1]):
             return
         beyond = rates[-1] ** 2 / rates[-2] if rate == rates[-1] else rates[0] ** 2 / rates[1]  # type: ignore[operator]
@@ -214,8 +235,9 @@ def _add(table: Table, network: str, training: str, trained: Trained, comparison
 
 
 def _compare(first: Trained, second: Trained) -> Comparison:
-    """On test, which chose neither; speakers resampled."""
-    return scoring.paired_bootstrap(first.scores["test"], second.scores["test"])
+    """On test, which chose neither; speakers resampled, or the utterances of a single one."""
+    one, other = first.scores["test"], second.scores["test"]
+    return scoring.paired_bootstrap(one, other, by="speaker" if len(one.per_speaker) > 1 else "utterance")
 
 
 def _arguments() -> argparse.Namespace:

@@ -29,6 +29,8 @@ from torch.nn import functional
 
 from common import Table, now
 from quadric.optim.block_diagonal import BlockDiagonal, Schedule
+from quadric.optim.kbfgs import kbfgs, kbfgs_l
+from quadric.optim.kfac import kfac
 from quadric.optim.mini_block import mini_block_fisher
 from quadric.optim.shampoo import shampoo
 from quadric.optim.tnt import tnt
@@ -98,11 +100,20 @@ class Stepper:
         self.optimizers = list(built) if isinstance(built, tuple) else [built]
 
     def __call__(self) -> None:
-        self.optimizers[-1].zero_grad()
-        self.model.zero_grad()
-        self.task.loss(self.model(self.inputs), self.targets).backward()
+        first = self.optimizers[0]
+        if isinstance(first, BlockDiagonal) and first.wants_closure:
+            first.step(self._pass)
+            return
+        self._pass()
         for optimizer in self.optimizers:
             optimizer.step()
+
+    def _pass(self) -> Tensor:
+        self.optimizers[-1].zero_grad()
+        self.model.zero_grad()
+        loss = self.task.loss(self.model(self.inputs), self.targets)
+        loss.backward()
+        return loss
 
     @property
     def memory(self) -> float:
@@ -128,7 +139,14 @@ class Method:
     build: Callable[[nn.Module], Any]
 
 
-OURS = {"mini-block Fisher": mini_block_fisher, "Shampoo": shampoo, "TNT": tnt}
+OURS = {
+    "mini-block Fisher": mini_block_fisher,
+    "KFAC": kfac,
+    "K-BFGS": kbfgs,
+    "K-BFGS(L)": kbfgs_l,
+    "Shampoo": shampoo,
+    "TNT": tnt,
+}
 
 
 def _ours() -> list[Method]:

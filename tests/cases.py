@@ -36,14 +36,26 @@ from quadric.model.recurrent import LSTM, RNN
 from quadric.objective.curvature import CurvatureOperator
 from quadric.objective.objective import Objective
 from quadric.optim.block_diagonal import BlockDiagonal
-from quadric.optim.blocks import Block
+from quadric.optim.block_inverse import BlockCurvature, BlockInverse
+from quadric.optim.blocks import Block, Seen
 from quadric.optim.contraction import Flattening, Tensors
 from quadric.optim.damping import AfterRejection, Damping, Fixed, LevenbergMarquardt
 from quadric.optim.descent import NGHF, Descent, NaturalGradient, NewtonCG
+from quadric.optim.kbfgs import KroneckerPairs, KroneckerPairsPatches, QuasiNewton, kbfgs, kbfgs_l
 from quadric.optim.kfac import Kronecker, KroneckerFactors, KroneckerPatches, kfac
-from quadric.optim.layers import Kind, Layer
+from quadric.optim.layers import Kind, Layer, find_layers
 from quadric.optim.length import KLClip, Length, Natural, UnitEntries
-from quadric.optim.mini_block import Averaged, Entries, Kernels, MiniBlocks, Rows, mini_block_fisher
+from quadric.optim.mini_block import (
+    Averaged,
+    Entries,
+    ExampleAveraged,
+    ExampleKernels,
+    ExampleRows,
+    Kernels,
+    MiniBlocks,
+    Rows,
+    mini_block_fisher,
+)
 from quadric.optim.precondition import LBFGS, FisherDiagonal, Preconditioner, SharedCounts
 from quadric.optim.sampling import FixedSizes, GeometricSizes, Sampler, VarianceTested
 from quadric.optim.search import Backtracking, BestIterate, Search
@@ -111,6 +123,23 @@ def _gauss_newton() -> tuple[LinearOperator, Tensor]:
     return Objective(model, loss, data).curvature(theta), dense.gauss_newton(model, loss, data, theta)
 
 
+def _block_inverse() -> tuple[LinearOperator, Tensor]:
+    """Of two layers in one space, with the inverses in each other's order: those of a matrix and of a vector."""
+    model = nn.Sequential(nn.LayerNorm(2, bias=False), nn.Linear(2, 2, bias=False)).double()
+    layers = find_layers(model, model.parameters())
+    blocks, gradient = [MiniBlocks()(layer) for layer in layers], draw(6)
+    numbers: list[dict[str, Tensor]] = [{}, {}]
+    space = ParameterSpace(model)
+    for block, own, piece in zip(blocks, numbers, space.split(gradient), strict=True):
+        block.observe(own, Seen([piece]), 1.0)
+        block.refresh(own, 0.5)
+    diagonal = 1 / (gradient[:2] ** 2 + 0.5 * (gradient[:2] ** 2).mean())
+    D = gradient[2:].view(2, 2)
+    S = D.T @ D / 2
+    P = torch.linalg.inv(S + 0.5 * S.trace() / 2 * torch.eye(2, dtype=S.dtype))
+    return BlockInverse(space, blocks[::-1], numbers[::-1]), torch.block_diag(torch.diag(diagonal), P, P)
+
+
 OPERATORS: dict[type[LinearOperator], OperatorCase] = {
     Identity: OperatorCase(lambda: (Identity(5), torch.eye(5, dtype=torch.float64))),
     Diagonal: OperatorCase(lambda: (Diagonal(draw(5)), torch.diag(draw(5)))),
@@ -120,6 +149,7 @@ OPERATORS: dict[type[LinearOperator], OperatorCase] = {
     Sum: OperatorCase(_sum),
     LBFGSInverse: OperatorCase(_lbfgs),
     CurvatureOperator: OperatorCase(_gauss_newton),
+    BlockInverse: OperatorCase(_block_inverse),
 }
 
 
@@ -244,6 +274,7 @@ PRECONDITIONERS: dict[type[Preconditioner], Callable[[], Preconditioner]] = {
     LBFGS: LBFGS,
     FisherDiagonal: FisherDiagonal,
     SharedCounts: SharedCounts,
+    BlockCurvature: BlockCurvature,
 }
 
 
@@ -260,6 +291,9 @@ OPTIMISERS: dict[str, Callable[[Iterable[Any]], torch.optim.Optimizer]] = {
     "hessian_free, diagonal": lambda params: hessian_free(params, damping=0.1, preconditioner=FisherDiagonal()),
     "natural_gradient": natural_gradient,
     "nghf": nghf,
+    "hessian_free, KFAC": lambda params: hessian_free(
+        params, damping=0.1, max_steps=8, preconditioner=BlockCurvature()
+    ),
     "nghf, shared counts": lambda params: nghf(params, preconditioner=SharedCounts()),
 }
 
@@ -270,7 +304,14 @@ FAMILY: dict[str, Callable[..., BlockDiagonal]] = {
     "mini_block_fisher": mini_block_fisher,
     "mini_block_fisher, a block a row": partial(mini_block_fisher, blocks=MiniBlocks(averaged=False, largest=5)),
     "mini_block_fisher, root": partial(mini_block_fisher, blocks=MiniBlocks(exponent=-0.5), length=KLClip()),
+    "mini_block_fisher, per example": partial(mini_block_fisher, blocks=MiniBlocks(per_example=True)),
+    "mini_block_fisher, a block a row, per example": partial(
+        mini_block_fisher, blocks=MiniBlocks(averaged=False, per_example=True)
+    ),
     "kfac": kfac,
+    "kbfgs": kbfgs,
+    "kbfgs_l": kbfgs_l,
+    "kbfgs_l, few pairs": partial(kbfgs_l, blocks=QuasiNewton(memory=2, start=0)),
     "kfac, reduce": partial(kfac, factors=KroneckerFactors(sharing="reduce")),
     "shampoo": shampoo,
     "shampoo, small factors": partial(shampoo, exponent=-1.0, tensors=Tensors(largest=4, vectors=3)),
@@ -289,6 +330,11 @@ BLOCKS: dict[type[Block], Callable[[], Block]] = {
     Kernels: lambda: MiniBlocks()(_layer(nn.Conv2d(2, 3, 2).double(), Kind.KERNELS)),
     Kronecker: lambda: KroneckerFactors()(_layer(nn.Linear(6, 3).double(), Kind.MATRIX)),
     KroneckerPatches: lambda: KroneckerFactors()(_layer(nn.Conv2d(2, 3, 2).double(), Kind.KERNELS)),
+    ExampleAveraged: lambda: MiniBlocks(per_example=True)(_layer(nn.Linear(6, 3).double(), Kind.MATRIX)),
+    ExampleRows: lambda: MiniBlocks(False, per_example=True)(_layer(nn.Linear(6, 3).double(), Kind.MATRIX)),
+    ExampleKernels: lambda: MiniBlocks(per_example=True)(_layer(nn.Conv2d(2, 3, 2).double(), Kind.KERNELS)),
+    KroneckerPairs: lambda: QuasiNewton()(_layer(nn.Linear(6, 3).double(), Kind.MATRIX)),
+    KroneckerPairsPatches: lambda: QuasiNewton()(_layer(nn.Conv2d(2, 3, 2).double(), Kind.KERNELS)),
     Entries: lambda: MiniBlocks()(_layer(nn.LayerNorm(4).double(), Kind.OTHER)),
     Shampoo: lambda: Shampoo(_layer(nn.Conv2d(2, 3, 2).double(), Kind.KERNELS), Tensors(largest=3, vectors=2)),
     TNT: lambda: TNT(_layer(nn.Linear(6, 3).double(), Kind.MATRIX), Tensors(joined=True)),

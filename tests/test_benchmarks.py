@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
+import itertools
+import json
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from quadric.data.stream import FrameStream
+from quadric.loss.loss import SquaredError
 from quadric.model.acoustic import TDNN
 from quadric.objective.curvature import Curvature
+from quadric.objective.objective import Objective
 from quadric.optim.sampling import Sizes
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -80,3 +87,187 @@ def test_curves_pass_their_points(images: Any) -> None:
     assert line.sum() == pytest.approx(2 * line[6, 6:23].sum() + 2 * (0.5 + 2 * (1.5 - 2**0.5)), rel=1e-5)
     assert bend[20, 14] == bend[6, 6] == bend[6, 22] == 1
     assert bend[6, 10:19].max() == 0
+
+
+@pytest.fixture
+def block_tasks(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("block_tasks")
+
+
+def points_on_a_line(block_tasks: Any, *, breaks_above: float = 1e9) -> Any:
+    """A task of one weight that should become 3: the best rate is the one that gets there."""
+
+    def batches(generator: torch.Generator) -> Any:
+        while True:
+            x = torch.randn(8, 1, generator=generator)
+            yield x, 3 * x
+
+    def measure(model: torch.nn.Module) -> dict[str, float]:
+        away = abs(float(model.eval().weight.detach()) - 3)
+        return {"training_loss": away if away < breaks_above else float("nan")}
+
+    def test(model: torch.nn.Module) -> dict[str, float]:
+        return {"held_out_loss": float(model.weight.detach())}
+
+    return block_tasks.Task(lambda: torch.nn.Linear(1, 1, bias=False), SquaredError(), batches, measure, test)
+
+
+def asked(monkeypatch: pytest.MonkeyPatch, block_tasks: Any, task: Any, *more: str) -> None:
+    """Runs the command, every step of which takes a tenth of a second by its clock."""
+    ticks = itertools.count()
+    monkeypatch.setitem(block_tasks.CLOCKS, "wall", lambda: next(ticks) / 10)
+    monkeypatch.setitem(block_tasks.TASKS, "curves", lambda *_: task)
+    line = ["--task", "curves", "--seconds", "2", "--trials", "3", "--seeds", "2", "--looks", "4", "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", ["block_tasks.py", *line, *more])
+    block_tasks.main()
+
+
+def test_a_method_is_tuned_and_run_from_all_seeds(
+    block_tasks: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, task = tmp_path / "runs.json", points_on_a_line(block_tasks)
+    methods = ["--methods", "adam", "sgd", "mini_block_fisher", "--json", str(file)]
+    asked(monkeypatch, block_tasks, task, *methods)
+    out = capsys.readouterr().out
+    assert [line.split(" | ")[0] for line in out.splitlines()[2:]] == ["| adam", "| sgd", "| mini_block_fisher"]
+    kept = json.loads(file.read_text())
+    for name in ("adam", "sgd", "mini_block_fisher"):
+        runs = [run for run in kept["runs"] if run["asked"]["method"] == name]
+        trials, finals = runs[:3], runs[3:]
+        assert [run["asked"]["values"] for run in trials] == [
+            block_tasks.drawn(block_tasks.METHODS[name].ranges, k) for k in range(3)
+        ]
+        assert [run["asked"]["seed"] for run in runs] == [0, 0, 0, 1, 2]
+        assert all(run["steps"] == 20 for run in runs)
+        best = min(trials, key=lambda run: run["measures"]["training_loss"])
+        assert all(run["asked"]["values"] == best["asked"]["values"] for run in finals)
+        assert [look["steps"] for look in finals[0]["curve"]] == [0, 5, 10, 15, 20]
+        (row,) = (row for row in kept["rows"] if row["method"] == name)
+        ends = [run["measures"]["training_loss"] for run in finals]
+        assert row["training_loss"] == pytest.approx([sum(ends) / 2, min(ends), max(ends)])
+        assert not any("held_out_loss" in run["measures"] for run in trials) and "held_out_loss" in row
+        assert finals[0]["measures"] != finals[1]["measures"]
+
+
+def test_what_is_finished_is_not_trained_again(
+    block_tasks: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = points_on_a_line(block_tasks)
+    one, two = (["--methods", "adam", "--json", str(tmp_path / name)] for name in ("one", "two"))
+    asked(monkeypatch, block_tasks, task, *one)
+    table, trained = capsys.readouterr().out, []
+    plain = block_tasks.Trainer.train
+
+    def counted(self: Any, looks: int) -> Any:
+        trained.append(looks)
+        if len(trained) == 3 and not stopped:
+            stopped.append(True)
+            raise KeyboardInterrupt
+        return plain(self, looks)
+
+    stopped: list[bool] = []
+    monkeypatch.setattr(block_tasks.Trainer, "train", counted)
+    with pytest.raises(SystemExit) as end:
+        asked(monkeypatch, block_tasks, task, *two)
+    assert end.value.code == 130 and "what was finished is in" in capsys.readouterr().err
+    asked(monkeypatch, block_tasks, task, *two)
+    assert len(trained) == 3 + 3  # the one that was stopped, once more
+    assert capsys.readouterr().out == table
+    asked(monkeypatch, block_tasks, task, *two)
+    assert len(trained) == 6
+    assert json.loads((tmp_path / "one").read_text()) == json.loads((tmp_path / "two").read_text())
+    asked(monkeypatch, block_tasks, task, *two, "--rates", "constant")
+    assert len(trained) == 11
+    (tmp_path / "two").write_text("[]")
+    with pytest.raises(SystemExit, match="not written by this benchmark"):
+        asked(monkeypatch, block_tasks, task, *two)
+
+
+def test_rates_fall_by_a_cosine_and_weights_shrink_with_them(block_tasks: Any) -> None:
+    task = replace(points_on_a_line(block_tasks), decay=0.1)
+    method = block_tasks.Method(lambda model, schedule, lr: [torch.optim.SGD(model.parameters(), lr=lr)], {})
+    for rates, expected in (("constant", [1.0] * 4), ("cosine", [1.0, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2])):
+        ticks = itertools.count()
+        block_tasks.CLOCKS["tick"] = lambda ticks=ticks: next(ticks)
+        chosen = argparse.Namespace(seconds=4, clock="tick", device="cpu", rates=rates)
+        trainer = block_tasks.Trainer(task, method, {"lr": 0.02}, 0, chosen)
+        weight, wanted = float(trainer.model.weight.detach()), []
+        batches = task.batches(torch.Generator().manual_seed(0))
+        for factor in expected:
+            weight *= 1 - 0.1 * factor
+            x, y = next(batches)
+            weight -= 0.02 * factor * float((x * (weight * x - y)).mean())
+            wanted.append(weight)
+        found = []
+        while not trainer.over:
+            trainer.step()
+            found.append(float(trainer.model.weight.detach()))
+        assert found == pytest.approx(wanted, rel=1e-5)
+        del block_tasks.CLOCKS["tick"]
+
+
+def test_trainings_that_diverge_are_counted(
+    block_tasks: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked(monkeypatch, block_tasks, points_on_a_line(block_tasks, breaks_above=0), "--methods", "sgd")
+    assert capsys.readouterr().out.splitlines()[-1] == "| sgd | all diverged | - | - | - | - | - | - |"
+    task = points_on_a_line(block_tasks)
+    broken = block_tasks.Method(lambda model, schedule, lr: [Explodes(model.parameters(), lr)], {"lr": (1e-3, 1e3)})
+    monkeypatch.setitem(block_tasks.METHODS, "sgd", broken)
+    asked(monkeypatch, block_tasks, task, "--methods", "sgd")
+    assert "| 3 (1 diverged) | 2 |" in capsys.readouterr().out
+
+
+class Explodes(torch.optim.SGD):
+    """Breaks what it trains where its rate is over 10, in its last step at the latest."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        return loss * float("nan") if self.defaults["lr"] > 10 else loss
+
+
+def lowered(task: Any) -> dict[str, float]:
+    """What is measured after five steps of Adam; the loss must have become less."""
+    torch.manual_seed(0)
+    model = task.build()
+    optimizer, batches = torch.optim.Adam(model.parameters(), lr=1e-3), task.batches(torch.Generator().manual_seed(0))
+    before = task.measure(model)
+    for _ in range(5):
+        optimizer.step(Objective(model.train(), task.loss, [next(batches)]))
+    after: dict[str, float] = task.measure(model)
+    assert after["training_loss"] < before["training_loss"]
+    return after
+
+
+@pytest.mark.parametrize("logistic", [True, False])
+def test_an_autoencoder_is_measured_on_what_it_was_trained_on_and_on_other_images(
+    logistic: bool, block_tasks: Any, images: Any
+) -> None:
+    drawn = torch.from_numpy(images.draw_curves(images.control_points(1300)))
+    tasks = importlib.import_module("tasks")
+    known = images.Images(drawn[:1200], drawn[1200:], (784, 40, 6), logistic)
+    task = tasks.autoencoding(known, narrow=True, batch=500, evaluated=1100)
+    assert [p.shape[0] for p in task.build().parameters() if p.ndim == 2] == [20, 6, 20, 784]
+    first = [x for x, _ in itertools.islice(task.batches(torch.Generator().manual_seed(1)), 2)]
+    assert [len(x) for x in first] == [500, 500] and len(torch.cat(first).unique(dim=0)) == 1000
+    model = task.build()
+    found = task.measure(model)
+    for name, part in (("training_loss", drawn[:1100]), ("held_out_loss", drawn[1200:])):
+        output = model(part).detach().double()
+        if logistic:
+            loss = -(part * output.sigmoid().log() + (1 - part) * (-output).sigmoid().log())
+        else:
+            loss = 0.5 * (output - part) ** 2
+        assert found[name] == pytest.approx(float(loss.sum(1).mean()), rel=1e-5)
+    lowered(task)
+
+
+@pytest.mark.data
+def test_a_citation_network_is_trained_and_measured(block_tasks: Any, shared_data: Path) -> None:
+    task = block_tasks.TASKS["cora"](shared_data, True, torch.device("cpu"))
+    found = lowered(task)
+    assert set(found) == {"training_loss", "validation_accuracy"}
+    worse = {**found, "validation_accuracy": found["validation_accuracy"] - 1, "training_loss": 0.0}
+    assert task.rank(found) < task.rank(worse)
+    assert task.rank(found) < task.rank({**found, "training_loss": 99.0})

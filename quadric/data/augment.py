@@ -1,12 +1,13 @@
-"""Augmentation of normalised features, drawn anew for every training minibatch."""
+"""Augmentation of normalised features and of images, drawn anew for every training minibatch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
+from torch.nn import functional
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,38 @@ class SpecAugment:
         frequency = _masks(batch, dims, self.frequency_masks, self.frequency_width, generator)
         hidden = time.unsqueeze(2) | frequency.unsqueeze(1)
         return inputs.masked_fill(hidden.to(inputs.device), 0.0)
+
+
+@dataclass(frozen=True)
+class CropFlip:
+    """Images moved and mirrored (He et al. 2016, Section 4.2).
+
+    An image is padded with zeros on all sides, a part of its size is cut out where chance will have it, and every
+    second one is mirrored, left to right.
+
+    Args:
+        padding: pixels on each side.
+    """
+
+    padding: int = 4
+
+    def __post_init__(self) -> None:
+        if self.padding < 0:
+            raise ValueError(f"padding is {self.padding}; give zero (images stay in place) or more pixels")
+
+    def __call__(self, images: Shaped[Tensor, "B C H W"], generator: torch.Generator) -> Shaped[Tensor, "B C H W"]:
+        """Changed copies of ``images``, a function of the state of ``generator``."""
+        count, _, height, width = images.shape
+        corners = torch.randint(2 * self.padding + 1, (2, count, 1), generator=generator, device=generator.device)
+        mirrored = torch.rand(count, 1, generator=generator, device=generator.device) < 0.5
+        down, along = (torch.arange(size, device=generator.device) for size in (height, width))
+        rows = corners[0] + down
+        columns = corners[1] + torch.where(mirrored, along.flip(0), along)
+        padded = functional.pad(images, [self.padding] * 4)
+        rows, columns = rows.to(images.device), columns.to(images.device)
+        each = torch.arange(count, device=images.device)
+        cut = padded[each[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+        return cut.permute(0, 3, 1, 2).contiguous()
 
 
 def _masks(batch: int, size: int, count: int, width: int, generator: torch.Generator) -> Bool[Tensor, "B size"]:

@@ -26,6 +26,7 @@ from quadric.objective.anchor import Anchor
 from quadric.objective.curvature import Curvature, CurvatureOperator, Linearisation, RecordedGradient
 from quadric.objective.layers import linearisable, twice_differentiable
 from quadric.objective.memory import free, retained
+from quadric.objective.noise import GradientNoise
 from quadric.objective.sharing import uses_per_frame
 from quadric.space import ParameterSpace
 from quadric.stopwatch import Clock, Stopwatch
@@ -131,7 +132,7 @@ class Objective:
 
     def _value_and_grad(self, theta: Float[Tensor, " n"]) -> tuple[float, Float[Tensor, " n"]]:
         total, gradient = self._zero(), torch.zeros_like(theta)
-        leaves, noise = self._leaves(theta), _Noise(theta)
+        leaves, noise = self._leaves(theta), GradientNoise(theta)
         for inputs, target, seed in self._stream(self._gradient):
             value = self.loss(self._output(inputs, seed, leaves, moving=True), target)
             one = self.space.flatten(torch.autograd.grad(value, tuple(leaves.values()), materialize_grads=True))
@@ -269,6 +270,10 @@ class Objective:
             parameter.grad = pull if parameter.grad is None else parameter.grad + pull
         return mean + self.anchor.value(theta)
 
+    def batches(self, data: Data) -> int:
+        """The number of micro-batches of this rank."""
+        return len(self._gradient if data is Data.GRADIENT else self._curvature)
+
     def sampled(self, draw: int = 0) -> Tensor:
         """Sets the gradients to those of the mean loss at targets drawn from the model, returns that mean loss.
 
@@ -284,18 +289,36 @@ class Objective:
         """The gradients of the mean loss without the anchor, at drawn targets if there is a draw."""
         for parameter in self.space.parameters:
             parameter.grad = None
-        at = None if draw is None else dict(zip(self.space.names, self.space.parameters, strict=True))
         total = self._zero()
-        with torch.enable_grad():
-            for inputs, target, seed in self._stream(self._gradient):
+        for value in self.passes(Data.GRADIENT, draw):
+            total += value
+        self._sum_gradients(total)
+        return total / self.frames
+
+    def passes(self, data: Data, draw: int | None = None) -> Iterator[Tensor]:
+        """Forward and reverse passes of the model where it stands, one for each micro-batch of this rank.
+
+        Gradients of the mean loss over the frames of all ranks are added to the parameters'. For those who listen to
+        the model's modules.
+
+        Args:
+            data: whose micro-batches.
+            draw: of targets from the model, as in `sampled`; None: the targets are those of the data.
+
+        Yields:
+            the loss of the micro-batch, a sum over its frames.
+        """
+        on_gradient = data is Data.GRADIENT
+        frames = self.frames if on_gradient else self.curvature_frames
+        at = None if draw is None else dict(zip(self.space.names, self.space.parameters, strict=True))
+        for inputs, target, seed in self._stream(self._gradient if on_gradient else self._curvature):
+            with torch.enable_grad():
                 output = self._output(inputs, seed, at)
                 if draw is not None:
                     target = self.loss.sample(output.detach(), target, _generator(output.device, seed, draw))
                 value = self.loss(output, target)
-                (value / self.frames).backward()
-                total += value.detach()
-        self._sum_gradients(total)
-        return total / self.frames
+                (value / frames).backward()
+            yield value.detach()
 
     def _sum_gradients(self, total: Tensor) -> None:
         """Sums the parameters' gradients and ``total`` over the ranks; what no rank has a gradient of keeps none."""
@@ -398,36 +421,6 @@ def _check_symmetric(kind: Curvature, product: Callable[[Tensor], Tensor], like:
 
 def _of_kind(kind: Curvature, record: Callable[[], Recorded]) -> Linearisation | RecordedGradient:
     return record()[kind]
-
-
-class _Noise:
-    """The variance of a mean gradient, from the sums G_b over w_b frames of its micro-batches.
-
-    With g = sum G_b / W, the micro-batches taken as B independent draws: E||g - E g||^2 is estimated by
-    B / (B - 1) sum_b ||G_b - w_b g||^2 / W^2.
-    """
-
-    def __init__(self, like: Tensor) -> None:
-        self.batches, self.squares, self.weights, self.total = 0, 0.0, 0.0, 0.0
-        self.weighted = torch.zeros_like(like)
-
-    def add(self, gradient: Tensor, weight: float) -> None:
-        self.batches += 1
-        self.squares += dot(gradient, gradient)
-        self.weights += weight * weight
-        self.total += weight
-        self.weighted.add_(gradient, alpha=weight)
-
-    def error(self, mean: Tensor, communicator: Communicator) -> float:
-        """The standard error of the mean gradient of all ranks; NaN where it is of one micro-batch."""
-        own = [self.batches, self.squares, self.weights, self.total, dot(self.weighted, mean)]
-        sums = torch.tensor(own, dtype=torch.float64, device=mean.device)
-        communicator.sum_(sums)
-        batches, squares, weights, total, along = sums.tolist()
-        if batches < 2:
-            return math.nan
-        spread = squares - 2 * along + weights * dot(mean, mean)
-        return math.sqrt(batches / (batches - 1) * max(spread, 0.0) / total**2)
 
 
 def _generator(device: torch.device, seed: int, draw: int) -> torch.Generator:

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from quadric.comm.communicator import Communicator, Solo
 from quadric.objective.memory import free
 from quadric.objective.objective import Objective
-from quadric.optim.blocks import Block, Call, Seen, statistics_type
+from quadric.optim.blocks import Block, Call, SecondLook, Seen, deal, statistics_type
 from quadric.optim.capture import Capture, examples
 from quadric.optim.checks import check_parameter, check_rates
 from quadric.optim.damping import Damping, Fixed
 from quadric.optim.fisher import Fisher, check_closure, check_fisher, drawn
 from quadric.optim.layers import Gradient, Layer, find_layers
 from quadric.optim.length import Length, UnitEntries
+from quadric.optim.second_pass import SecondPass, compare, look
 from quadric.options import check_whole
 
 logger = logging.getLogger(__name__)
@@ -162,7 +163,8 @@ class BlockDiagonal(torch.optim.Optimizer):
         """Has the calls recorded that blocks ask for, on steps when statistics are due."""
         due = weakref.WeakMethod(self._due)
         layers = [block.layer for block in self._serving if block.wants_calls]
-        self._capture = Capture(self.model, layers, lambda: (method := due()) is not None and method())
+        outputs = [block.layer for block in self._serving if isinstance(block, SecondLook)]
+        self._capture = Capture(self.model, layers, lambda: (method := due()) is not None and method(), outputs)
 
     def _due(self) -> bool:
         return self.param_groups[0]["step"] % self.schedule.statistics == 0
@@ -189,6 +191,11 @@ class BlockDiagonal(torch.optim.Optimizer):
         self._check_memory([block for block in self._blocks if block.layer.parameters not in known])
 
     @property
+    def wants_closure(self) -> bool:
+        """Whether `step` must have a closure, which it calls again after a step."""
+        return any(isinstance(block, SecondLook) for block in self._serving) or not isinstance(self.rule, Fixed)
+
+    @property
     def coverage(self) -> tuple[Coverage, ...]:
         names = {id(p): name for name, p in self.model.named_parameters()}
         return tuple(
@@ -208,39 +215,46 @@ class BlockDiagonal(torch.optim.Optimizer):
         """One step; returns what the closure does.
 
         Raises:
-            ValueError: no parameter has a gradient, or one is sparse; where "sampled", the closure is no `Objective`.
+            ValueError: no parameter has a gradient, or one is sparse; there is no closure where one is wanted, or no
+                `Objective` where the Fisher matrix is "sampled".
             FloatingPointError: too many steps in a row had a gradient that is not finite.
         """
         check_closure(self.fisher, closure)
         value = None
         if closure is not None:
+            second_pass = SecondPass(self.model, closure)
             with torch.enable_grad():
                 value = closure()
         elif not isinstance(self.rule, Fixed):
             raise ValueError(f"damping={self.rule}: it follows the loss after a step; call step(closure)")
+        elif self.wants_closure:
+            raise ValueError("step() without a closure: pairs are of a second pass after the step; call step(closure)")
         calls, shown = self._capture.take(), self._shown()
         if self._finite(shown):
             counts = self.param_groups[0]
             refreshes = self.schedule.refreshes(counts["step"])
-            if self._due() and not self._observe(shown, calls, self.schedule.share(counts["observed"]), closure):
+            due, share = self._due(), self.schedule.share(counts["observed"])
+            if due and not self._observe(shown, calls, share, closure):
                 return value
+            before = look(shown, calls) if due else {}
+            calls = {}  # before those of another pass
             if refreshes:
                 self._refresh()
             foreseen = self._move(shown)
+            after = None
+            if before:
+                with self._capture.recording():
+                    after = second_pass()
+                    compare(before, self._capture.take(), self.state, share, counts["damping"], self.communicator)
             if refreshes and closure is not None and not isinstance(self.rule, Fixed):
-                self._adapt(closure, value, foreseen)
+                self._adapt(value, second_pass() if after is None else after, foreseen)
                 self._capture.clear()
             counts.update(step=counts["step"] + 1, skipped_in_a_row=0)
         return value
 
-    def _adapt(self, closure: Callable[[], Any], before: Any, foreseen: float) -> None:
-        """The next damping, by what the loss is after the step: on the same data, without keeping its gradient."""
-        params = [p for group in self.param_groups for p in group["params"]]
-        gradients = [p.grad for p in params]
-        with torch.enable_grad():
-            change = float(closure()) - float(before)
-        for p, g in zip(params, gradients, strict=True):
-            p.grad = g
+    def _adapt(self, before: Any, after: Any, foreseen: float) -> None:
+        """The next damping, by what the loss is after the step, on the same data."""
+        change = float(after) - float(before)
         self.param_groups[0]["damping"] = self.rule.update(
             self.param_groups[0]["damping"], change / foreseen if foreseen < 0 else math.nan
         )
@@ -345,7 +359,7 @@ class BlockDiagonal(torch.optim.Optimizer):
         assert block.otherwise is not None
         logger.warning("%s: %s; it has %s", block.layer.name, block.otherwise.reason, type(block.otherwise).__name__)
         numbers = self.state[block.layer.weight]
-        for name in [name for name in numbers if name.startswith(("statistics_", "inverse_"))]:
+        for name in [name for name in numbers if name != "momentum"]:
             del numbers[name]
         numbers["uncalled"] = torch.tensor(True)
         block.otherwise.observe(numbers, Seen(gradient), 1.0)
@@ -434,16 +448,3 @@ class BlockDiagonal(torch.optim.Optimizer):
 
 def _bytes(block: Block) -> int:
     return block.elements * statistics_type(block.layer.weight).itemsize
-
-
-def deal(work: Sequence[float], ranks: int) -> list[int]:
-    """The rank of each piece of work: the dearest first, each to who has least so far (Graham, 1969).
-
-    >>> deal([5.0, 4.0, 3.0, 3.0, 3.0], 2)
-    [0, 1, 1, 0, 1]
-    """
-    loads, owners = [0.0] * ranks, [0] * len(work)
-    for piece in sorted(range(len(work)), key=lambda piece: -work[piece]):
-        owners[piece] = loads.index(min(loads))
-        loads[owners[piece]] += work[piece]
-    return owners

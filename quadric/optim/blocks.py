@@ -18,7 +18,7 @@ from quadric.optim.layers import Gradient, Layer
 Numbers = dict[str, Tensor]
 """The statistics and inverses of one block, by name."""
 
-_STRIPE = 256
+_STRIPE = 128
 """Columns of a Gram matrix that are made at a time, of its lower half."""
 
 
@@ -30,11 +30,13 @@ class Call:
         inputs: what the module was called with.
         cotangent: the gradient of the loss with respect to its output.
         number: of the backward pass, where gradients of several are accumulated.
+        outputs: the sum of its outputs over examples and positions, ``[outputs]``, where the block is a `SecondLook`.
     """
 
     inputs: Tensor
     cotangent: Tensor
     number: int = 0
+    outputs: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,10 @@ class Block(ABC):
         """Multiplications of a refresh, roughly: by these the blocks are dealt out to ranks."""
 
     @abstractmethod
+    def mean_curvature(self, numbers: Numbers) -> Tensor:
+        """The mean of the diagonal of the layer's matrix, of which damping is a share."""
+
+    @abstractmethod
     def observe(self, numbers: Numbers, seen: Seen, share: float) -> None:
         """Moves the statistics towards those of a step: S <- (1 - share) S + share S_new. The first are zero."""
 
@@ -105,6 +111,29 @@ class Block(ABC):
     @abstractmethod
     def apply(self, numbers: Numbers, gradient: Gradient) -> Gradient:
         """The inverse's action: P g, of a gradient in the statistics' type."""
+
+
+class SecondLook(Block):
+    """A block that learns from what a step changes: where statistics are due the closure is called after it too."""
+
+    wants_calls = True
+
+    @abstractmethod
+    def look(self, seen: Seen) -> list[Tensor]:
+        """What is to be compared: sums over calls, zero without any, of which the mean over the ranks is taken."""
+
+    @abstractmethod
+    def learn(
+        self, numbers: Numbers, before: Sequence[Tensor], after: Sequence[Tensor], share: float, damping: float
+    ) -> None:
+        """Takes in what `look` has seen before a step and after it.
+
+        Args:
+            numbers: the block's.
+            before, after: of the same data.
+            share: of the newest statistics in the averages.
+            damping: as a share of the layer's mean curvature.
+        """
 
 
 def statistics_type(like: Tensor) -> torch.dtype:
@@ -165,3 +194,16 @@ def started(numbers: Numbers, name: str, shape: Sequence[int], like: Tensor) -> 
 def shift_of(damping: float, mean: Tensor) -> Tensor:
     """What is added to the diagonal: a share of its mean; of no curvature, the share itself."""
     return torch.where(mean > 0, mean, torch.ones_like(mean)) * damping
+
+
+def deal(work: Sequence[float], ranks: int) -> list[int]:
+    """The rank of each piece of work: the dearest first, each to who has least so far (Graham, 1969).
+
+    >>> deal([5.0, 4.0, 3.0, 3.0, 3.0], 2)
+    [0, 1, 1, 0, 1]
+    """
+    loads, owners = [0.0] * ranks, [0] * len(work)
+    for piece in sorted(range(len(work)), key=lambda piece: -work[piece]):
+        owners[piece] = loads.index(min(loads))
+        loads[owners[piece]] += work[piece]
+    return owners

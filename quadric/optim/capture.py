@@ -11,14 +11,14 @@ pass puts them together with the cotangents. What no backward pass reaches is go
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quadric.optim.blocks import Call
+from quadric.optim.blocks import Call, statistics_type
 from quadric.optim.layers import Kind, Layer
 
 
@@ -37,10 +37,13 @@ class Capture:
         model: all of its modules that hold a layer's weight are heard.
         layers: whose modules these are.
         due: whether to record now.
+        outputs: layers of whose calls the outputs are summed, at once: the next module may change them in place.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[Layer], due: Callable[[], bool]) -> None:
-        self.layers = tuple(layers)
+    def __init__(
+        self, model: nn.Module, layers: Sequence[Layer], due: Callable[[], bool], outputs: Collection[Layer] = ()
+    ) -> None:
+        self.layers, self._outputs = tuple(layers), frozenset(outputs)
         self._due, self._forced = due, False
         self._calls: dict[int, list[Call]] = {}
         self._passes: dict[int, int] = {}
@@ -71,7 +74,7 @@ class Capture:
 
     def take(self) -> Mapping[Layer, list[Call]]:
         """The calls since the last time, of the layers that have any."""
-        calls = {self.layers[place]: found for place, found in self._calls.items()}
+        calls = {self.layers[place]: found for place, found in sorted(self._calls.items())}
         self.clear()
         return calls
 
@@ -86,14 +89,15 @@ class Capture:
         if not seen or module.weight is not layer.weight or torch._C._functorch.is_functorch_wrapped_tensor(output):
             return
         inputs = inputs.detach()
+        total = _sum(output.detach(), layer) if layer in self._outputs else None
 
         def arrived(cotangent: Tensor) -> None:
             if self.listening:
-                self._record(place, inputs, cotangent.detach())
+                self._record(place, inputs, cotangent.detach(), total)
 
         output.register_hook(arrived)
 
-    def _record(self, place: int, inputs: Tensor, cotangent: Tensor) -> None:
+    def _record(self, place: int, inputs: Tensor, cotangent: Tensor, total: Tensor | None) -> None:
         found, weight = self._calls.setdefault(place, []), self.layers[place].weight
         current = torch._C._current_graph_task_id()
         if current != self._passes.get(place):
@@ -105,7 +109,7 @@ class Capture:
             number = found[-1].number
         if inputs.dim() < weight.dim():
             inputs, cotangent = inputs.unsqueeze(0), cotangent.unsqueeze(0)
-        found.append(Call(inputs, cotangent, number))
+        found.append(Call(inputs, cotangent, number, total))
 
 
 class _Tap:
@@ -128,6 +132,13 @@ class _Tap:
 def _remove(hooks: Sequence[Any]) -> None:
     for hook in hooks:
         hook.remove()
+
+
+def _sum(output: Tensor, layer: Layer) -> Tensor:
+    """Over all dimensions but the channels: the last of a linear layer's, a convolution's before its positions."""
+    channels = output.dim() - layer.weight.dim() + 1
+    others = [dimension for dimension in range(output.dim()) if dimension != channels]
+    return output.sum(others, dtype=statistics_type(output)) if others else output.to(statistics_type(output))
 
 
 def examples(calls: Sequence[Call]) -> int:

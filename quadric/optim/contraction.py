@@ -177,6 +177,13 @@ class Contracted(Block):
                 S = started(numbers, f"statistics_{t}_{i}", (axis.count, axis.width, axis.width), X)
                 axis.gram_(S, X.to(S.dtype), share)
 
+    def mean_curvature(self, numbers: Numbers) -> Tensor:
+        totals = [
+            numbers[f"statistics_{t}_0"].diagonal(dim1=1, dim2=2).sum() * (axis.before * axis.after)
+            for t, (axis, *_) in enumerate(self.axes)
+        ]
+        return torch.stack(totals).sum() / sum(p.numel() for p in self.layer.parameters)
+
     def refresh(self, numbers: Numbers, damping: float) -> None:
         for t, axes in enumerate(self.axes):
             statistics = [numbers[f"statistics_{t}_{i}"] for i in range(len(axes))]

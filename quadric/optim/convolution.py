@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from quadric.optim.blocks import gram_
+
 _CHUNK = 2**22
 """Numbers that are laid out anew at a time."""
 
@@ -75,19 +77,17 @@ class Patches:
         """The weight of a matrix as by `matrix`."""
         return matrix.unflatten(1, (self.height.size, -1, self.width.size)).transpose(1, 2).reshape(like.shape)
 
-    def of_examples(self, x: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """A few examples at a time, and their patches ``[n, T, entries]``."""
+    def rows(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The patches ``[N, T, entries]``."""
         x = self.padded(x)
         heights, widths = self.height.outputs(x.shape[2]), self.width.outputs(x.shape[3])
-        rows, columns = range(self.height.size), range(self.width.size)
-        for some in chunks(len(x), x.shape[1] * len(rows) * len(columns) * heights * widths):
-            part = x[some]
-            laid = part.new_empty((len(part), heights, widths, len(rows), part.shape[1], len(columns)), dtype=dtype)
-            for i in rows:
-                for j in columns:
-                    seen = part[:, :, self.height.places(i, heights), self.width.places(j, widths)]
-                    laid[:, :, :, i, :, j] = seen.permute(0, 2, 3, 1)
-            yield some, laid.flatten(3).flatten(1, 2)
+        shape = (len(x), heights, widths, self.height.size, x.shape[1], self.width.size)
+        laid = x.new_empty(shape, dtype=dtype)
+        for i in range(self.height.size):
+            for j in range(self.width.size):
+                met = x[:, :, self.height.places(i, heights), self.width.places(j, widths)]
+                laid[:, :, :, i, :, j] = met.permute(0, 2, 3, 1)
+        return laid.flatten(3).flatten(1, 2)
 
     def gram_(self, S: Tensor, x: Tensor, keep: float, factor: float) -> None:
         """S <- keep S + factor sum p p' over all patches p, in the lower half alone but for squares along the diagonal.
@@ -103,10 +103,12 @@ class Patches:
         for some in chunks(len(x), size * x.shape[2] * widths):
             F = self._columns(x[some], widths, S.dtype)
             for distance in range(rows.size):
-                gram = S.new_empty(0)
+                gram = S.new_zeros(size, size)
                 for j in range(rows.size - distance):
                     i = j + distance
-                    if j == 0 or not slides:
+                    if distance == 0 and (j == 0 or not slides):
+                        gram_(gram, F[:, rows.places(j, outputs)].flatten(1).T, 0.0, 1.0)
+                    elif j == 0 or not slides:
                         gram = _product(F, rows.places(i, outputs), rows.places(j, outputs))
                     else:
                         for start, sign in (((j - 1) * rows.dilation, -1), ((j - 1) * rows.dilation + outputs, 1)):

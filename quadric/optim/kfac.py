@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 from quadric.optim.block_diagonal import BlockDiagonal
 from quadric.optim.blocks import Block, Call, Numbers, Seen, gram_, inverse, shift_of, started
-from quadric.optim.capture import UNCALLED, obstacle
+from quadric.optim.capture import UNCALLED, examples, obstacle
 from quadric.optim.convolution import Patches
 from quadric.optim.layers import Gradient, Layer
 from quadric.optim.mini_block import MiniBlocks
+from quadric.optim.per_example import passes
+from quadric.options import check_whole
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,14 @@ class KroneckerFactors:
             A and sqrt(lambda) / pi to G. ``"trace"``: pi^2 = (tr(A) / n_A) / (tr(G) / n_G), each factor's diagonal
             grows by the same share, and steps of a given length are those of the loss times any number
             (Martens and Grosse, 2015, section 6.3). ``"one"``: pi = 1.
+        every: of the examples of a batch, only every so many are in the factors, which costs less in proportion
+            (Martens and Grosse, 2015, have one in eight).
         otherwise: the blocks of layers that have no such factors.
     """
 
     sharing: Literal["expand", "reduce"] = "expand"
     pi: Literal["trace", "one"] = "trace"
+    every: int = 1
     otherwise: Callable[[Layer], Block] = MiniBlocks()
 
     def __post_init__(self) -> None:
@@ -47,6 +52,9 @@ class KroneckerFactors:
             raise ValueError(f"sharing={self.sharing!r}: give 'expand' or 'reduce'")
         if self.pi not in ("trace", "one"):
             raise ValueError(f"pi={self.pi!r}: give 'trace' or 'one'")
+        check_whole(every=self.every)
+        if self.every < 1:
+            raise ValueError(f"every={self.every}: give 1 for all examples, or a larger number for fewer")
 
     def __call__(self, layer: Layer) -> Block:
         other, reason = self.otherwise(layer), obstacle(layer)
@@ -127,17 +135,25 @@ class Kronecker(Block):
         if not seen.calls:  # on this rank, of those whose statistics are put together
             torch._foreach_mul_([A, G], keep)
             return
+        n = self.options.every
+        calls = [Call(call.inputs[::n], call.cotangent[::n], call.number) for call in seen.calls]
+        taken = examples(calls)
+        of_G = share * seen.examples * examples(seen.calls) / taken
         if self.options.sharing == "reduce":
-            for a, g in self._reduced(seen.calls, A.dtype):
-                _add(A, a, keep, share / seen.examples)
-                gram_(G, g, keep, share * seen.examples)
+            for a, g in self._reduced(calls, A.dtype):
+                _add(A, a, keep, share / taken)
+                gram_(G, g, keep, of_G)
                 keep = 1.0
             return
-        positions = sum(call.cotangent.numel() for call in seen.calls) // self.outputs
-        for call in seen.calls:
+        positions = sum(call.cotangent.numel() for call in calls) // self.outputs
+        for call in calls:
             self._add_inputs(A, call.inputs, keep, share / positions)
-            gram_(G, self._at_outputs(call.cotangent).to(G.dtype), keep, share * seen.examples)
+            gram_(G, self._at_outputs(call.cotangent).to(G.dtype), keep, of_G)
             keep = 1.0
+
+    def mean_curvature(self, numbers: Numbers) -> Tensor:
+        A, G = numbers["statistics_A"], numbers["statistics_G"]
+        return A.trace() * G.trace() / (len(A) * len(G))
 
     def refresh(self, numbers: Numbers, damping: float) -> None:
         A, G = numbers["statistics_A"], numbers["statistics_G"]
@@ -148,25 +164,23 @@ class Kronecker(Block):
         numbers["inverse_G"] = inverse(G, shift_of(damping**0.5, of_G))
 
     def apply(self, numbers: Numbers, gradient: Gradient) -> Gradient:
-        A, G = numbers["inverse_A"], numbers["inverse_G"]
+        A = numbers["inverse_A"]
         weight, *bias = gradient
         D = self._matrix(weight)
         step, biases = D @ A[: D.shape[1], : D.shape[1]], []
         for b in bias:
             step.addr_(b, A[-1, :-1])
-            biases.append(G @ torch.addmv(b * A[-1, -1], D, A[:-1, -1]))
-        return [self._weight(G @ step), *biases]
+            biases.append(self._from_left(numbers, torch.addmv(b * A[-1, -1], D, A[:-1, -1])))
+        return [self._weight(self._from_left(numbers, step)), *biases]
+
+    def _from_left(self, numbers: Numbers, x: Tensor) -> Tensor:
+        """G^-1 x."""
+        return numbers["inverse_G"] @ x
 
     def _reduced(self, calls: Sequence[Call], dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
         """Of each pass the mean input over the positions of each example, and the sum of the gradients."""
         pairs = []
-        for number in dict.fromkeys(call.number for call in calls):
-            own = [call for call in calls if call.number == number]
-            if len({len(call.inputs) for call in own}) > 1:
-                raise ValueError(
-                    f"sharing='reduce': {self.layer.name} is called with {[len(call.inputs) for call in own]} examples "
-                    "in one pass, of which none has another's positions: give sharing='expand'"
-                )
+        for own in passes(self.layer, calls, "give sharing='expand'"):
             sums, totals = zip(*(self._sums(call, dtype) for call in own), strict=True)
             positions = sum(call.cotangent[0].numel() for call in own) / self.outputs
             pairs.append((torch.stack(sums).sum(0) / positions, torch.stack(totals).sum(0)))

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from quadric.optim.block_diagonal import BlockDiagonal
-from quadric.optim.blocks import Block, Numbers, Seen, gram_, inverse, power, shift_of, started
+from quadric.optim.blocks import Block, Numbers, Seen, gram_, inverse, power, shift_of, started, statistics_type
+from quadric.optim.capture import UNCALLED, obstacle
 from quadric.optim.layers import Gradient, Kind, Layer
+from quadric.optim.per_example import factors_of_examples
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,15 @@ class MiniBlocks:
         largest: inputs of a block of a matrix at most; wider ones are cut into blocks of about equal width. Costs fall
             in proportion; on autoencoders the loss for steps is the same down to 64.
         exponent: of the inverse: -1, or -1/2 for its square root.
+        per_example: blocks of the gradients of single examples, the mean of their outer products (the empirical
+            Fisher matrix), instead of those of the batch's gradient. Where a layer's calls do not show them, of the
+            batch's.
     """
 
     averaged: bool = True
     largest: int = 256
     exponent: float = -1.0
+    per_example: bool = False
 
     def __post_init__(self) -> None:
         if self.exponent not in (-1.0, -0.5):
@@ -43,8 +49,24 @@ class MiniBlocks:
 
     def __call__(self, layer: Layer) -> Block:
         if layer.kind is Kind.MATRIX:
-            return Averaged(layer, self) if self.averaged else Rows(layer, self)
-        return Kernels(layer, self) if layer.kind is Kind.KERNELS else Entries(layer, self)
+            block: Block = Averaged(layer, self) if self.averaged else Rows(layer, self)
+        else:
+            block = Kernels(layer, self) if layer.kind is Kind.KERNELS else Entries(layer, self)
+        return self._of_examples(layer, block) if self.per_example else block
+
+    def _of_examples(self, layer: Layer, otherwise: Block) -> Block:
+        reason = obstacle(layer)
+        why = UNCALLED if reason is None else reason
+        otherwise.reason = f"{why}: of the batch's gradient" if why else "of the batch's gradient"
+        if reason is not None:
+            return otherwise
+        block: Block
+        if layer.kind is Kind.MATRIX:
+            block = ExampleAveraged(layer, self) if self.averaged else ExampleRows(layer, self)
+        else:
+            block = ExampleKernels(layer, self)
+        block.otherwise = otherwise
+        return block
 
     def inverted(self, matrices: Tensor, damping: Tensor) -> Tensor:
         """The damped inverses, or their roots."""
@@ -117,11 +139,14 @@ class Separate(Block):
             d = d.to(S.dtype)
             S.mul_(1 - share).addcmul_(d.unsqueeze(2), d.unsqueeze(1), value=share)
 
+    def mean_curvature(self, numbers: Numbers) -> Tensor:
+        totals = [numbers[f"statistics_{k}"].diagonal(dim1=1, dim2=2).sum() for k in range(len(self.shapes))]
+        return torch.stack(totals).sum() / sum(blocks * n for blocks, n in self.shapes)
+
     def refresh(self, numbers: Numbers, damping: float) -> None:
-        statistics = [numbers[f"statistics_{k}"] for k in range(len(self.shapes))]
-        total = torch.stack([S.diagonal(dim1=1, dim2=2).sum() for S in statistics]).sum()
-        shift = shift_of(damping, total / sum(blocks * n for blocks, n in self.shapes))
-        for k, (S, (blocks, n)) in enumerate(zip(statistics, self.shapes, strict=True)):
+        shift = shift_of(damping, self.mean_curvature(numbers))
+        for k, (blocks, n) in enumerate(self.shapes):
+            S = numbers[f"statistics_{k}"]
             if n == 1:
                 numbers[f"inverse_{k}"] = (S + shift).pow_(self.options.exponent)
             else:
@@ -199,11 +224,14 @@ class Averaged(Block):
                 S[-1, :-1].mul_(1 - share).add_(bias @ D, alpha=share / len(D))
                 S[-1, -1].mul_(1 - share).add_(bias @ bias, alpha=share / len(D))
 
+    def mean_curvature(self, numbers: Numbers) -> Tensor:
+        traces = [numbers[f"statistics_{k}"].trace() for k in range(len(self.cuts))]
+        return torch.stack(traces).sum() / sum(self.cuts)
+
     def refresh(self, numbers: Numbers, damping: float) -> None:
-        statistics = [numbers[f"statistics_{k}"] for k in range(len(self.cuts))]
-        shift = shift_of(damping, torch.stack([S.trace() for S in statistics]).sum() / sum(self.cuts))
-        for k, S in enumerate(statistics):
-            numbers[f"inverse_{k}"] = self.options.inverted(S, shift)
+        shift = shift_of(damping, self.mean_curvature(numbers))
+        for k in range(len(self.cuts)):
+            numbers[f"inverse_{k}"] = self.options.inverted(numbers[f"statistics_{k}"], shift)
 
     def apply(self, numbers: Numbers, gradient: Gradient) -> Gradient:
         steps, biases = [], []
@@ -223,6 +251,64 @@ class Averaged(Block):
         columns = [[D] for D in weight.flatten(1).split(widths, 1)]
         columns[-1] += bias
         return columns
+
+
+class ExampleRows(Rows):
+    """S_o = 1/N sum_n d_no d_no' of the rows d_no of the gradient of each of N examples."""
+
+    wants_calls = True
+
+    def observe(self, numbers: Numbers, seen: Seen, share: float) -> None:
+        _observe_examples(self, numbers, seen, share)
+
+    def of_examples(self, D: Tensor) -> list[Tensor]:
+        """As `parts`, ``[blocks, n, size]``, of gradients ``D [n, outputs, entries]``."""
+        return list(D.transpose(0, 1).split(self.cuts, 2))
+
+
+class ExampleKernels(Kernels):
+    """The same of each kernel of a convolution, and of its biases."""
+
+    wants_calls = True
+
+    def observe(self, numbers: Numbers, seen: Seen, share: float) -> None:
+        _observe_examples(self, numbers, seen, share)
+
+    def of_examples(self, D: Tensor) -> list[Tensor]:
+        weight = self.layer.weight
+        entries, height = weight[0].numel(), weight.shape[2]
+        kernels = D[:, :, :entries].unflatten(2, (height, weight.shape[1], -1)).transpose(2, 3)
+        parts = [kernels.flatten(3).flatten(1, 2).transpose(0, 1)]
+        return parts if self.layer.bias is None else [*parts, D[:, :, -1].T.unsqueeze(2)]
+
+
+def _observe_examples(block: ExampleRows | ExampleKernels, numbers: Numbers, seen: Seen, share: float) -> None:
+    weight = block.layer.weight
+    statistics = [started(numbers, f"statistics_{k}", (c, n, n), weight) for k, (c, n) in enumerate(block.shapes)]
+    torch._foreach_mul_(statistics, 1 - share)
+    for a, g in factors_of_examples(block.layer, seen.calls, statistics_type(weight), wide=True):
+        for S, d in zip(statistics, block.of_examples(g.mT @ a), strict=True):
+            S.baddbmm_(d.mT, d, alpha=share * seen.examples)
+
+
+class ExampleAveraged(Averaged):
+    """S = 1/(N O) sum_n D_n' D_n of the gradients D_n of N examples, with O outputs."""
+
+    wants_calls = True
+
+    def observe(self, numbers: Numbers, seen: Seen, share: float) -> None:
+        weight = self.layer.weight
+        statistics = [started(numbers, f"statistics_{k}", (n, n), weight) for k, n in enumerate(self.cuts)]
+        torch._foreach_mul_(statistics, 1 - share)
+        positions = max((call.cotangent[0].numel() for call in seen.calls), default=0) // len(weight)
+        whole = positions > len(weight)
+        for a, g in factors_of_examples(self.layer, seen.calls, statistics_type(weight), wide=whole):
+            # D = g'a, and D'D = a'(g g')a
+            left = (g.mT @ a if whole else a).flatten(0, 1)
+            right = left if whole else ((g @ g.mT) @ a).flatten(0, 1)
+            pairs = zip(left.split(self.cuts, 1), right.split(self.cuts, 1), strict=True)
+            for S, (one, other) in zip(statistics, pairs, strict=True):
+                S.addmm_(one.T, other, alpha=share * seen.examples / len(weight))
 
 
 def cuts(layer: Layer, largest: int) -> list[int]:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quadric.data.augment import SpecAugment
+from quadric.data.augment import CropFlip, SpecAugment
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -64,3 +64,41 @@ def test_the_generator_decides() -> None:
 def test_misuse_is_named() -> None:
     with pytest.raises(ValueError, match="time_width is -1"):
         SpecAugment(time_width=-1)
+
+
+def cut_one_by_one(images: Tensor, padding: int, corners: Tensor, mirrored: Tensor) -> Tensor:
+    """The slow twin of `CropFlip`: an image at a time."""
+    _, channels, height, width = images.shape
+    out = []
+    for image, (down, right), mirror in zip(images, corners.T.tolist(), mirrored.tolist(), strict=True):
+        padded = torch.zeros(channels, height + 2 * padding, width + 2 * padding, dtype=images.dtype)
+        padded[:, padding : padding + height, padding : padding + width] = image
+        cut = padded[:, down : down + height, right : right + width]
+        out.append(torch.flip(cut, [2]) if mirror else cut)
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("padding", [0, 1, 3])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float64])
+def test_images_are_cut_and_mirrored(padding: int, dtype: torch.dtype) -> None:
+    images = torch.arange(1, 1 + 20 * 2 * 4 * 5).reshape(20, 2, 4, 5).to(dtype)
+    draws = seeded(3)
+    corners = torch.randint(2 * padding + 1, (2, 20, 1), generator=draws)[..., 0]
+    mirrored = torch.rand(20, 1, generator=draws)[:, 0] < 0.5
+    out = CropFlip(padding)(images, seeded(3))
+    assert out.dtype == dtype and torch.equal(out, cut_one_by_one(images, padding, corners, mirrored))
+    assert torch.equal(images, torch.arange(1, 1 + 20 * 2 * 4 * 5).reshape(20, 2, 4, 5).to(dtype))
+
+
+def test_every_place_and_both_sides_are_as_likely() -> None:
+    count = 20_000
+    images = torch.zeros(count, 1, 3, 3)
+    images[:, :, 1, 1], images[:, :, 1, 2] = 1, 2
+    out = CropFlip(1)(images, seeded())[:, 0]
+    found = (out == 1).float().mean(0)
+    torch.testing.assert_close(found, torch.full((3, 3), 1 / 9), rtol=0, atol=0.01)
+    in_order = ((out[:, :, :-1] == 1) & (out[:, :, 1:] == 2)).any(dim=(1, 2)).float().mean()
+    reverse = ((out[:, :, :-1] == 2) & (out[:, :, 1:] == 1)).any(dim=(1, 2)).float().mean()
+    torch.testing.assert_close(torch.stack([in_order, reverse]), torch.full((2,), 1 / 3), rtol=0, atol=0.02)
+    with pytest.raises(ValueError, match="padding is -1"):
+        CropFlip(-1)

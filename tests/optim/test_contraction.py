@@ -20,13 +20,13 @@ from quadric.optim.length import Natural
 from quadric.optim.mini_block import Entries, MiniBlocks
 from quadric.optim.shampoo import Shampoo, shampoo
 from quadric.optim.tnt import TNT, tnt
-from reference import kronecker
+from reference import contractions
 
 Method = tuple[type[Contracted], Callable[..., Tensor]]
 METHODS: dict[str, Method] = {
-    "shampoo": (Shampoo, partial(kronecker.shampoo, exponent=-0.5)),
-    "shampoo, -1": (partial(Shampoo, exponent=-1.0), partial(kronecker.shampoo, exponent=-1.0)),
-    "tnt": (TNT, kronecker.tnt),
+    "shampoo": (Shampoo, partial(contractions.shampoo, exponent=-0.5)),
+    "shampoo, -1": (partial(Shampoo, exponent=-1.0), partial(contractions.shampoo, exponent=-1.0)),
+    "tnt": (TNT, contractions.tnt),
 }
 
 

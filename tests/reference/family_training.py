@@ -59,9 +59,18 @@ def train(communicator: Communicator = Solo(), name: str = "", way: str = "objec
         if way == "objective":
             optimizer.step(Objective(model, CrossEntropy(), [(x, y)], communicator=communicator))
         else:
-            optimizer.zero_grad()
-            functional.cross_entropy(wrapped(x), y).backward()
-            optimizer.step()
+
+            def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+                optimizer.zero_grad()
+                value = functional.cross_entropy(wrapped(x), y)
+                value.backward()
+                return value
+
+            if optimizer.wants_closure:
+                optimizer.step(closure)
+            else:
+                closure()
+                optimizer.step()
     return torch.cat([p.detach().reshape(-1) for p in model.parameters()]).numpy().tobytes(), counted.calls
 
 
