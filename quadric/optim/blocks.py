@@ -165,15 +165,11 @@ def inverse(matrices: Tensor, damping: Tensor) -> Tensor:
 
 
 def power(matrices: Tensor, damping: Tensor, exponent: float) -> Tensor:
-    """(S + damping I)^exponent by eigenvalues; the rest as in `inverse`.
-
-    In float64, unless damping is a hundred times the rounding of S or more, by which eigenvalues are wrong.
-    """
+    """(S + damping I)^exponent by eigenvalues in float64; the rest as in `inverse`."""
     if matrices.shape[-1] == 1:
         return matrices.clamp(min=0.0).add_(damping[..., None, None]).pow_(exponent)
-    rounding = torch.finfo(matrices.dtype).eps * matrices.diagonal(dim1=-2, dim2=-1).sum(-1)
-    values, vectors = torch.linalg.eigh(matrices if bool((100 * rounding <= damping).all()) else matrices.double())
-    scaled = values.clamp(min=0.0).add_(damping.to(values.dtype).unsqueeze(-1)).pow_(exponent)
+    values, vectors = torch.linalg.eigh(matrices.double())
+    scaled = values.clamp(min=0.0).add_(damping.double().unsqueeze(-1)).pow_(exponent)
     return ((vectors * scaled.unsqueeze(-2)) @ vectors.mT).to(matrices.dtype)
 
 
