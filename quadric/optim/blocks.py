@@ -165,7 +165,10 @@ def inverse(matrices: Tensor, damping: Tensor) -> Tensor:
 
 
 def power(matrices: Tensor, damping: Tensor, exponent: float) -> Tensor:
-    """(S + damping I)^exponent by eigenvalues in float64; the rest as in `inverse`."""
+    """(S + damping I)^exponent by eigenvalues in float64; the rest as in `inverse`.
+
+    In float32 LAPACK's solver is twice as fast, but does not converge on many matrices of low rank.
+    """
     if matrices.shape[-1] == 1:
         return matrices.clamp(min=0.0).add_(damping[..., None, None]).pow_(exponent)
     values, vectors = torch.linalg.eigh(matrices.double())

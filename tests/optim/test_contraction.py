@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from quadric.optim.block_diagonal import Schedule
-from quadric.optim.blocks import Numbers, Seen
+from quadric.optim.blocks import Numbers, Seen, power
 from quadric.optim.contraction import Contracted, Flattening, Tensors
 from quadric.optim.layers import find_layers
 from quadric.optim.length import Natural
@@ -168,6 +168,22 @@ def test_it_descends_whatever_the_rank_and_the_size(
         for d, g in zip(block.apply(numbers, probe), probe, strict=True):
             assert d.isfinite().all() and d.dtype == torch.float32
             assert float((d.double() * g.double()).sum()) > 0 or not g.any()
+
+
+@pytest.mark.parametrize("exponent", [-0.125, -0.25, -0.5])
+@pytest.mark.parametrize("sparse", [0.0, 0.5, 0.9])
+def test_roots_of_float32_matrices_of_low_rank(sparse: float, exponent: float) -> None:
+    """(v v' + e I)^x = e^x I + ((v'v + e)^x - e^x) v v' / v'v; a float32 eigensolver fails on some of them."""
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(8, 250, generator=generator) * (torch.rand(8, 250, generator=generator) >= sparse)
+    S = v.unsqueeze(2) * v.unsqueeze(1)
+    shift = 0.03 * v.square().mean(1)
+    found = power(S, shift, exponent)
+    square, e = v.square().sum(1).double(), shift.double()
+    along = ((square + e) ** exponent - e**exponent) / square
+    expected = e[:, None, None] ** exponent * torch.eye(250).double() + along[:, None, None] * S.double()
+    assert found.dtype == torch.float32
+    assert float((found - expected).norm() / expected.norm()) < 1e-4
 
 
 @pytest.mark.parametrize("build_optimiser", [shampoo, tnt])
