@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from quadric.comm.communicator import Communicator, Solo
 from quadric.objective.memory import free
 from quadric.objective.objective import Objective
-from quadric.optim.blocks import Block, Call, SecondLook, Seen, deal, statistics_type
+from quadric.optim.blocks import Block, Call, SecondLook, Seen, called_anywhere, deal, statistics_type
 from quadric.optim.capture import Capture, examples
 from quadric.optim.checks import check_parameter, check_rates
 from quadric.optim.damping import Damping, Fixed
@@ -92,7 +92,8 @@ class BlockDiagonal(torch.optim.Optimizer):
     m <- momentum m + g, and then theta <- (1 - lr weight_decay) theta - lr c P m, with c of the rule of lengths. Used
     like any first-order optimiser of torch: after ``backward()``, or with a closure.
 
-    Where the gradient is not finite the step is skipped and counted, in the first group's ``skipped``.
+    Where the gradient is not finite the step is skipped and counted, in the first group's ``skipped``. A layer whose
+    gradient first comes when no statistics are due follows its momentum until they are.
 
     Args:
         model: whose layers these are.
@@ -236,10 +237,9 @@ class BlockDiagonal(torch.optim.Optimizer):
             due, share = self._due(), self.schedule.share(counts["observed"])
             if due and not self._observe(shown, calls, share, closure):
                 return value
-            before = look(shown, calls) if due else {}
+            before = look(shown, calls, self.communicator) if due else {}
             calls = {}  # before those of another pass
-            if refreshes:
-                self._refresh()
+            self._refresh(shown, every=refreshes)
             foreseen = self._move(shown)
             after = None
             if before:
@@ -332,7 +332,7 @@ class BlockDiagonal(torch.optim.Optimizer):
             calls = self._capture.take()
             if not self._finite(list(zip(blocks, gradients, strict=True))):
                 return False
-        called = self._called([len(calls.get(block.layer, ())) for block in blocks])
+        called = called_anywhere([block.layer for block in blocks], calls, self.communicator)
         for place, (block, gradient, heard) in enumerate(zip(blocks, gradients, called, strict=True)):
             numbers, found, own = self.state[block.layer.weight], calls.get(block.layer, ()), shown[place][1]
             if heard or not block.wants_calls:
@@ -345,14 +345,6 @@ class BlockDiagonal(torch.optim.Optimizer):
                 shown[place] = (self._replaced(block, gradient), own)
         counts.update(observed=counts["observed"] + 1, skipped_in_a_row=0)
         return True
-
-    def _called(self, calls: Sequence[int]) -> list[bool]:
-        """Of which layers there were calls, on any rank."""
-        if self.communicator.size == 1:
-            return [bool(count) for count in calls]
-        counts = torch.tensor(calls, dtype=torch.float64, device=self._blocks[0].layer.weight.device)
-        self.communicator.sum_(counts)
-        return [bool(count) for count in counts.tolist()]
 
     def _replaced(self, block: Block, gradient: Gradient) -> Block:
         """What takes the place of the block of a layer whose module was not called, though it has a gradient."""
@@ -367,10 +359,13 @@ class BlockDiagonal(torch.optim.Optimizer):
         self._listen()
         return block.otherwise
 
-    def _refresh(self) -> None:
-        self._check_model()
+    def _refresh(self, shown: Sequence[tuple[Block, Gradient]], *, every: bool) -> None:
+        """Makes the inverses of all blocks, or of those among ``shown`` that have statistics and none yet."""
+        if every:
+            self._check_model()
         ranks, damping = self.communicator, self.param_groups[0]["damping"]
-        observed = [block for block in self._serving if len(self.state[block.layer.weight])]
+        candidates = self._serving if every else [block for block, _ in shown if not self._has(block, "inverse_")]
+        observed = [block for block in candidates if self._has(block, "statistics_")]
         owners = deal([block.work for block in observed], ranks.size)
         for block, owner in zip(observed, owners, strict=True):
             if owner == ranks.rank:
@@ -390,7 +385,8 @@ class BlockDiagonal(torch.optim.Optimizer):
         for block, gradient in shown:
             pairs = zip(block.layer.parameters, gradient, strict=True)
             momenta.append([self._push(p, g, groups[id(p)]) for p, g in pairs])
-            steps.append(block.apply(self.state[block.layer.weight], momenta[-1]))
+            known = self._has(block, "inverse_")
+            steps.append(block.apply(self.state[block.layer.weight], momenta[-1]) if known else momenta[-1])
         factors = self.length.factors(steps, momenta, max(group["lr"] for group in self.param_groups))
         foreseen = 0.0
         for (block, gradient), momentum, step, factor in zip(shown, momenta, steps, factors, strict=True):
@@ -403,6 +399,9 @@ class BlockDiagonal(torch.optim.Optimizer):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(d, alpha=-rate)
         return foreseen
+
+    def _has(self, block: Block, prefix: str) -> bool:
+        return any(name.startswith(prefix) for name in self.state[block.layer.weight])
 
     def _push(self, p: nn.Parameter, g: Tensor, group: dict[str, Any]) -> Tensor:
         """The momentum of a parameter, with its new gradient."""

@@ -7,12 +7,13 @@ the optimiser keeps in its state, so that a checkpoint has them and a copy goes 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from quadric.comm.communicator import Communicator
 from quadric.optim.layers import Gradient, Layer
 
 Numbers = dict[str, Tensor]
@@ -206,3 +207,15 @@ def deal(work: Sequence[float], ranks: int) -> list[int]:
         owners[piece] = loads.index(min(loads))
         loads[owners[piece]] += work[piece]
     return owners
+
+
+def called_anywhere(
+    layers: Sequence[Layer], calls: Mapping[Layer, Sequence[Call]], communicator: Communicator
+) -> list[bool]:
+    """Of which layers there are calls, on any rank."""
+    found = [len(calls.get(layer, ())) for layer in layers]
+    if communicator.size > 1 and layers:
+        counts = torch.tensor(found, dtype=torch.float64, device=layers[0].weight.device)
+        communicator.sum_(counts)
+        found = [int(count) for count in counts.tolist()]
+    return [count > 0 for count in found]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quadric.comm.communicator import Communicator
-from quadric.optim.blocks import Block, Call, Numbers, SecondLook, Seen
+from quadric.optim.blocks import Block, Call, Numbers, SecondLook, Seen, called_anywhere
 from quadric.optim.layers import Gradient, Layer
 
 Calls = Mapping[Layer, Sequence[Call]]
@@ -60,12 +60,14 @@ class SecondPass:
                     b.copy_(kept)
 
 
-def look(shown: Sequence[tuple[Block, Gradient]], calls: Calls) -> Looks:
-    """Of the pass that makes the gradient."""
+def look(shown: Sequence[tuple[Block, Gradient]], calls: Calls, communicator: Communicator) -> Looks:
+    """Of the pass that makes the gradient, those that it has called, on one rank at least."""
+    looking = [(block, gradient) for block, gradient in shown if isinstance(block, SecondLook)]
+    called = called_anywhere([block.layer for block, _ in looking], calls, communicator)
     return {
         block: block.look(Seen(gradient, calls.get(block.layer, ())))
-        for block, gradient in shown
-        if isinstance(block, SecondLook)
+        for (block, gradient), heard in zip(looking, called, strict=True)
+        if heard
     }
 
 

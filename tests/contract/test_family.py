@@ -369,3 +369,25 @@ def test_a_changed_model_is_noticed(build: Build) -> None:
     model[5] = nn.Linear(6, 4)
     with pytest.raises(ValueError, match=r"5\.weight is no longer a parameter of the model: build the optimiser anew"):
         advance(optimizer, lambda: loss(model, 0) + old(draw(2, 6).float()).sum())
+
+
+def test_a_layer_that_is_used_late_or_never(build: Build) -> None:
+    """First with gradients of zero and no call, then in a step without statistics, then in one of them."""
+    model = small()
+    spare = nn.Linear(4, 4)
+    both = nn.ModuleList([model, spare])
+    optimizer = build(both, lr=0.01, schedule=Schedule(statistics=4, inverses=40))
+    for step in range(10):
+        before = point(spare)
+
+        def closure(step: int = step) -> Tensor:
+            optimizer.zero_grad()
+            x, y = batch(step)
+            output = model(x)
+            value = functional.cross_entropy(spare(output) if step > 4 else output, y)
+            (value if step > 4 else value + 0.0 * sum(p.sum() for p in spare.parameters())).backward()
+            return value
+
+        optimizer.step(closure)
+        assert torch.equal(point(spare), before) == (step <= 4)
+        assert point(both).isfinite().all()
