@@ -167,6 +167,15 @@ def test_outputs_may_be_changed_in_place_and_inputs_named() -> None:
     torch.testing.assert_close(call.cotangent.T @ call.inputs, model.linear.weight.grad)
 
 
+def test_what_other_hooks_make_of_an_output_is_none_of_the_layer() -> None:
+    model = nn.Sequential(nn.Linear(3, 2))
+    model[0].register_forward_hook(lambda module, args, output: 3 * output)
+    capture = capture_of(model)
+    loss(model).backward()
+    ((call,),) = capture.take().values()
+    torch.testing.assert_close(call.cotangent.T @ call.inputs, model[0].weight.grad)
+
+
 def test_one_example_without_a_dimension_of_its_own() -> None:
     model = nn.Sequential(nn.Conv1d(2, 3, 2), nn.Flatten(0), nn.Linear(12, 1))
     capture = capture_of(model)

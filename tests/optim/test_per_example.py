@@ -9,10 +9,11 @@ from torch.nn import functional
 
 from cases import draw
 from quadric.model.recurrent import LSTM
-from quadric.optim.blocks import Seen
+from quadric.optim.blocks import Call, Seen
 from quadric.optim.layers import find_layers
 from quadric.optim.length import Natural
 from quadric.optim.mini_block import MiniBlocks, mini_block_fisher
+from quadric.optim.per_example import factors_of_examples
 from reference import kronecker, mini_blocks
 
 
@@ -100,6 +101,18 @@ def test_a_few_examples_at_a_time_are_as_good(averaged: bool, monkeypatch: pytes
         model = nn.Sequential(nn.Linear(4, 3)).double()
         steps.append(moved(model, model[0], MiniBlocks(averaged, per_example=True), [(x, y)])[1])
     torch.testing.assert_close(steps[0], steps[1])
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_what_is_laid_out_at_a_time_is_bounded(wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, shape in ((nn.Linear(9, 8), (50, 3, 9)), (nn.Conv2d(2, 4, 3), (50, 2, 4, 5))):
+        (layer,) = find_layers(module, module.parameters())
+        x = draw(*shape).float()
+        calls = [Call(x, module(x).detach())]
+        monkeypatch.setattr("quadric.optim.convolution._CHUNK", 1000)
+        for a, g in factors_of_examples(layer, calls, torch.float32, wide):
+            gradients = len(a) * a.shape[2] * g.shape[2]
+            assert 2 * a.numel() + g.numel() + wide * gradients <= 1000
 
 
 def test_of_one_example_both_are_the_same() -> None:
