@@ -24,8 +24,13 @@ settings.load_profile("quadric")
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
+def _seeded() -> Iterator[None]:
+    """Each test starts from the same random numbers, and leaves the number of threads as it was."""
     torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != threads:  # it decides how sums are rounded, here and not in other processes
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
