@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from quadric.comm.communicator import Communicator, Solo
 from quadric.objective.memory import free
 from quadric.objective.objective import Objective
-from quadric.optim.blocks import Block, Call, SecondLook, Seen, called_anywhere, deal, statistics_type
+from quadric.optim.blocks import Block, Call, SecondLook, Seen, called_anywhere, deal, mean_over_ranks, statistics_type
 from quadric.optim.capture import Capture, examples
 from quadric.optim.checks import check_parameter, check_rates
 from quadric.optim.damping import Damping, Fixed
@@ -221,9 +221,9 @@ class BlockDiagonal(torch.optim.Optimizer):
             FloatingPointError: too many steps in a row had a gradient that is not finite.
         """
         check_closure(self.fisher, closure)
-        value = None
+        value = second_pass = None
         if closure is not None:
-            second_pass = SecondPass(self.model, closure)
+            second_pass = SecondPass(self.model, closure) if self.wants_closure else None
             with torch.enable_grad():
                 value = closure()
         elif not isinstance(self.rule, Fixed):
@@ -242,11 +242,11 @@ class BlockDiagonal(torch.optim.Optimizer):
             self._refresh(shown, every=refreshes)
             foreseen = self._move(shown)
             after = None
-            if before:
+            if before and second_pass is not None:
                 with self._capture.recording():
                     after = second_pass()
                     compare(before, self._capture.take(), self.state, share, counts["damping"], self.communicator)
-            if refreshes and closure is not None and not isinstance(self.rule, Fixed):
+            if refreshes and second_pass is not None and not isinstance(self.rule, Fixed):
                 self._adapt(value, second_pass() if after is None else after, foreseen)
                 self._capture.clear()
             counts.update(step=counts["step"] + 1, skipped_in_a_row=0)
@@ -337,10 +337,8 @@ class BlockDiagonal(torch.optim.Optimizer):
             numbers, found, own = self.state[block.layer.weight], calls.get(block.layer, ()), shown[place][1]
             if heard or not block.wants_calls:
                 block.observe(numbers, Seen(gradient, found, examples(found)), share)
-                if block.wants_calls and self.communicator.size > 1:
-                    statistics = [x for name, x in numbers.items() if name.startswith("statistics_")]
-                    self.communicator.sum_(*statistics)
-                    torch._foreach_div_(statistics, self.communicator.size)
+                if block.wants_calls:
+                    mean_over_ranks(numbers, self.communicator)
             elif any(bool(g.any()) for g in (*gradient, *own)):
                 shown[place] = (self._replaced(block, gradient), own)
         counts.update(observed=counts["observed"] + 1, skipped_in_a_row=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -14,11 +14,11 @@ from quadric.linalg.operator import LinearOperator
 from quadric.linalg.pairs import Pair
 from quadric.linalg.solver import ChangingInverse
 from quadric.objective.objective import Data, Objective
-from quadric.optim.blocks import Block, Numbers, Seen
+from quadric.optim.blocks import Block, Numbers, Seen, mean_over_ranks
 from quadric.optim.capture import Capture
 from quadric.optim.descent import LocalModel
 from quadric.optim.kfac import KroneckerFactors
-from quadric.optim.layers import Layer, find_layers
+from quadric.optim.layers import Layer, find_layers, gradients_kept
 from quadric.optim.precondition import Preconditioner
 from quadric.space import ParameterSpace
 
@@ -84,38 +84,23 @@ class BlockCurvature(Preconditioner):
         where they are independent; this serves blocks that are made of gradients.
         """
         parameters, ranks = objective.space.parameters, objective.communicator
-        before = [p.grad for p in parameters]
         count, scale = objective.batches(Data.CURVATURE), objective.curvature_frames * ranks.size
         capture = Capture(objective.model, [block.layer for block in blocks if block.wants_calls], lambda: False)
         try:
-            with capture.recording():
-                _forget(parameters)
+            with capture.recording(), gradients_kept(parameters):
                 for seen, _ in enumerate(objective.passes(Data.CURVATURE)):
                     calls = capture.take()
                     for place, block in enumerate(blocks):
                         found = calls.get(block.layer, ())
                         if block.wants_calls and not found and block.otherwise is not None:
                             blocks[place] = block = block.otherwise
-                        scaled = [_gradient(p) * math.sqrt(scale * count) for p in block.layer.parameters]
+                        scaled = [g * math.sqrt(scale * count) for g in block.layer.gradient]
                         block.observe(numbers[place], Seen(scaled, found, round(scale * count)), 1 / (seen + 1))
-                    _forget(parameters)
+                    for p in parameters:
+                        p.grad = None
         finally:
             capture.close()
-            for p, gradient in zip(parameters, before, strict=True):
-                p.grad = gradient
         for block, own in zip(blocks, numbers, strict=True):
             if not count:
                 block.observe(own, Seen([torch.zeros_like(p) for p in block.layer.parameters]), 1.0)
-            if ranks.size > 1:
-                statistics = [x for name, x in own.items() if name.startswith("statistics_")]
-                ranks.sum_(*statistics)
-                torch._foreach_div_(statistics, ranks.size)
-
-
-def _gradient(p: Tensor) -> Tensor:
-    return torch.zeros_like(p) if p.grad is None else p.grad
-
-
-def _forget(parameters: Iterable[Tensor]) -> None:
-    for p in parameters:
-        p.grad = None
+            mean_over_ranks(own, ranks)

@@ -219,3 +219,11 @@ def called_anywhere(
         communicator.sum_(counts)
         found = [int(count) for count in counts.tolist()]
     return [count > 0 for count in found]
+
+
+def mean_over_ranks(numbers: Numbers, communicator: Communicator) -> None:
+    """Replaces a block's statistics by the means of all ranks'."""
+    if communicator.size > 1:
+        statistics = [x for name, x in numbers.items() if name.startswith("statistics_")]
+        communicator.sum_(*statistics)
+        torch._foreach_div_(statistics, communicator.size)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 from quadric.objective.objective import Objective
-from quadric.optim.layers import Gradient, Layer
+from quadric.optim.layers import Gradient, Layer, gradients_kept
 
 Fisher = Literal["empirical", "sampled"]
 
@@ -29,9 +29,6 @@ def check_closure(fisher: Fisher, closure: Callable[[], Any] | None) -> None:
 
 def drawn(objective: Objective, draw: int, layers: Sequence[Layer]) -> list[Gradient]:
     """The gradients of layers at targets drawn from the model; afterwards the parameters have their own back."""
-    held = [(p, p.grad) for p in objective.space.parameters]
-    objective.sampled(draw)
-    gradients = [layer.gradient for layer in layers]
-    for p, own in held:
-        p.grad = own
-    return gradients
+    with gradients_kept(objective.space.parameters):
+        objective.sampled(draw)
+        return [layer.gradient for layer in layers]

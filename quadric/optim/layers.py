@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -100,3 +101,16 @@ def _of(module: nn.Module, prefix: str, wanted: Collection[int]) -> Iterator[Lay
 
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+@contextmanager
+def gradients_kept(params: Iterable[Tensor]) -> Iterator[None]:
+    """Inside, parameters have no gradients until they are given some; afterwards they have their own back."""
+    held = [(p, p.grad) for p in params]
+    for p, _ in held:
+        p.grad = None
+    try:
+        yield
+    finally:
+        for p, own in held:
+            p.grad = own

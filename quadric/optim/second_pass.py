@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from quadric.comm.communicator import Communicator
 from quadric.optim.blocks import Block, Call, Numbers, SecondLook, Seen, called_anywhere
-from quadric.optim.layers import Gradient, Layer
+from quadric.optim.layers import Gradient, Layer, gradients_kept
 
 Calls = Mapping[Layer, Sequence[Call]]
 Looks = dict[SecondLook, list[Tensor]]
@@ -43,19 +43,15 @@ class SecondPass:
 
     def __call__(self) -> Any:
         """What the closure returns now."""
-        params, buffers = list(self.model.parameters()), list(self.model.buffers())
-        gradients, held, states = [p.grad for p in params], [b.clone() for b in buffers], self._numbers()
-        for p in params:
-            p.grad = None
+        buffers = list(self.model.buffers())
+        held, states = [b.clone() for b in buffers], self._numbers()
         self._draw_from(self._states)
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), gradients_kept(self.model.parameters()):
                 return self.closure()
         finally:
             self._draw_from(states)
             with torch.no_grad():
-                for p, g in zip(params, gradients, strict=True):
-                    p.grad = g
                 for b, kept in zip(buffers, held, strict=True):
                     b.copy_(kept)
 
