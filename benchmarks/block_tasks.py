@@ -11,7 +11,7 @@ mirrored; at the full rate a step takes 5e-4 off the weights, whatever the metho
 with their penalty of 5e-4, here on both layers. ``--narrow`` halves the autoencoders' layers and ResNet32's (a quarter
 of those of faces and of VGG16's), for machines of few cores.
 
-Each method is tuned by ``--trials`` of a random search, log-uniform in the ranges of the table ``METHODS``, each for
+Each method is tuned by ``--trials`` of a random search, log-uniform in the ranges of the table ``METHODS`` (that of ``VARIANTS`` are compared when named), each for
 the same seconds of training (drawing the data included, evaluation excluded) from the start of seed 0: the k-th trial
 is at the same place of the range for every method. The trial that ends best, by the training loss, or with classes by
 the accuracy on validation data, is run again from seeds 1, 2, ...; medians over these, and the least and the greatest,
@@ -47,7 +47,11 @@ from quadric.files import new_file
 from quadric.objective.anchor import Anchor
 from quadric.objective.objective import Objective
 from quadric.optim.block_diagonal import Schedule
-from quadric.optim.mini_block import mini_block_fisher
+from quadric.optim.kbfgs import kbfgs, kbfgs_l
+from quadric.optim.kfac import KroneckerFactors, kfac
+from quadric.optim.mini_block import MiniBlocks, mini_block_fisher
+from quadric.optim.shampoo import shampoo
+from quadric.optim.tnt import tnt
 from quadric.space import ParameterSpace
 from tasks import TASKS, Task
 
@@ -90,6 +94,8 @@ def _muon(model: nn.Module, schedule: Schedule, *, lr: float, eps: float) -> lis
 
 
 FAMILY: Ranges = {"lr": (1e-5, 1e-1), "damping": (1e-3, 1.0)}
+TNT_RANGES: Ranges = {"lr": (1e-5, 1e-1), "damping": (1e-2, 10.0)}
+"""Of `tnt`, whose damping acts on every factor, and is 1 by default."""
 
 
 def family(make: Callable[..., Optimizer], ranges: Ranges = FAMILY, **options: Any) -> Method:
@@ -102,8 +108,24 @@ METHODS: dict[str, Method] = {
     "sgd": Method(_sgd, {"lr": (1e-4, 1.0)}),
     "muon": Method(_muon, {"lr": (1e-5, 1e-1), "eps": (1e-8, 1e-2)}),
     "mini_block_fisher": family(mini_block_fisher),
+    "kfac": family(kfac),
+    "kbfgs": family(kbfgs),
+    "kbfgs_l": family(kbfgs_l),
+    "shampoo": family(shampoo),
+    "tnt": family(tnt, TNT_RANGES),
 }
 """What is compared, and where each is looked for."""
+VARIANTS: dict[str, Method] = {
+    "mini_block_fisher_separate": family(mini_block_fisher, blocks=MiniBlocks(averaged=False, largest=64)),
+    "mini_block_fisher_averaged_64": family(mini_block_fisher, blocks=MiniBlocks(largest=64)),
+    "mini_block_fisher_whole": family(mini_block_fisher, blocks=MiniBlocks(largest=4096)),
+    "mini_block_fisher_per_example": family(mini_block_fisher, blocks=MiniBlocks(per_example=True)),
+    "mini_block_fisher_root": family(mini_block_fisher, blocks=MiniBlocks(exponent=-0.5)),
+    "kfac_sampled": family(kfac, fisher="sampled"),
+    "kfac_pi_one": family(kfac, factors=KroneckerFactors(pi="one")),
+    "tnt_sampled": family(tnt, TNT_RANGES, fisher="sampled"),
+}
+"""What the methods are with one option changed; compared when they are named."""
 
 
 def drawn(ranges: Ranges, trial: int) -> Values:
@@ -240,7 +262,7 @@ class Benchmark:
         asked |= {"method": name, "values": values, "seed": seed, "looks": looks}
         run, known = self.runs.found(asked), "known"
         if run is None:
-            trained = Trainer(self.task, METHODS[name], values, seed, self.chosen).train(looks)
+            trained = Trainer(self.task, (METHODS | VARIANTS)[name], values, seed, self.chosen).train(looks)
             run, known = {"asked": asked, **trained}, f"{trained['steps']} steps"
             self.runs.add(run)
         measures = "diverged" if run["measures"] is None else shown(run["measures"])
@@ -249,7 +271,7 @@ class Benchmark:
 
     def row(self, name: str) -> dict[str, Any]:
         """Tunes a method, and runs what is best from all seeds."""
-        chosen, ranges = self.chosen, METHODS[name].ranges
+        chosen, ranges = self.chosen, (METHODS | VARIANTS)[name].ranges
         trials = [
             self.run(name, drawn(ranges, k), 0, f"trial {k + 1} of {chosen.trials}") for k in range(chosen.trials)
         ]
@@ -300,7 +322,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="the folder with mnist/, orl_faces/, cifar10/ and planetoid/")
     parser.add_argument("--task", default="mnist", choices=list(TASKS))
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=[*METHODS, *VARIANTS])
     parser.add_argument("--seconds", type=float, default=60.0, help="of each training")
     parser.add_argument("--trials", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=5)
