@@ -11,11 +11,12 @@ mirrored; at the full rate a step takes 5e-4 off the weights, whatever the metho
 with their penalty of 5e-4, here on both layers. ``--narrow`` halves the autoencoders' layers and ResNet32's (a quarter
 of those of faces and of VGG16's), for machines of few cores.
 
-Each method is tuned by ``--trials`` of a random search, log-uniform in the ranges of the table ``METHODS`` (that of ``VARIANTS`` are compared when named), each for
+Each method is tuned by ``--trials`` of a random search, log-uniform in the ranges of the table ``METHODS``, each for
 the same seconds of training (drawing the data included, evaluation excluded) from the start of seed 0: the k-th trial
 is at the same place of the range for every method. The trial that ends best, by the training loss, or with classes by
 the accuracy on validation data, is run again from seeds 1, 2, ...; medians over these, and the least and the greatest,
-are the method's row. By default all learning rates fall to zero with the cosine of the seconds gone by.
+are the method's row. By default all learning rates fall to zero with the cosine of the seconds gone by. ``VARIANTS``
+of the methods, with one option changed, are compared where they are named.
 
 ``--clock cpu`` counts the seconds of the process on its core, for machines that do other work besides: with
 ``--threads 1`` alone. With ``--json``, what is finished is not trained again when the same command is given again, and

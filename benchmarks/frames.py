@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from quadric.cli import make_job
+from quadric.cli import make_speech_job
 from quadric.data.stream import FrameStream
 from quadric.loss.loss import CrossEntropy
 from quadric.model.acoustic import TDNN
@@ -98,7 +98,7 @@ def load_speech(chosen: argparse.Namespace) -> Speech:
     Inputs are not augmented, copies at other speeds apart, and alignments are those before any realignment.
     """
     torch.set_num_threads(chosen.threads)
-    job = make_job(chosen.recipe, chosen.options)
+    job = make_speech_job(chosen.recipe, chosen.options)
     with alone_in(chosen.work):
         stages = Stages(chosen.work)
         prepared = prepare(job, stages, bar)

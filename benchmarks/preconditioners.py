@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from common import Table, now
-from images import mnist
+from quadric.data.image_sets import mnist
 from quadric.linalg.krylov import ConjugateGradient
 from quadric.linalg.operator import Shifted
 from quadric.linalg.pairs import Pair, SpreadPairs
@@ -94,7 +94,7 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     torch.manual_seed(0)
-    images = mnist(chosen.data).training
+    images = mnist(chosen.data / "mnist").training
     columns = (
         "steps",
         "loss",

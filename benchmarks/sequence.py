@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from common import Table
-from quadric.cli import make_job
+from quadric.cli import make_speech_job
 from quadric.speech import scoring
 from quadric.speech.scoring import Comparison, Score
 from quadric.train import checkpoint
@@ -206,7 +206,7 @@ def _train(
             ]
         options += [f"sequence.{method}.{key}={value}" for key, value in setting.items()]
         options += [f"sequence.{option}" for option in chosen.sequence]
-    run(make_job(chosen.recipe, options), work, progress=bar)
+    run(make_speech_job(chosen.recipe, options), work, progress=bar)
     return Trained.of(work / name, setting)
 
 

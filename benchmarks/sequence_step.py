@@ -35,7 +35,7 @@ from typing import Any
 import torch
 
 from common import Table
-from quadric.cli import make_job
+from quadric.cli import make_speech_job
 from quadric.comm.collective import Collective
 from quadric.comm.communicator import Communicator, Solo
 from quadric.data.stream import FrameStream
@@ -113,7 +113,7 @@ def material(chosen: argparse.Namespace, kind: str = "same_frame") -> Material:
 
 def _job(chosen: argparse.Namespace) -> Job:
     options = [f"name={chosen.recipe}", "hessian_free=none", "sequence.criterion.kind=mpe", "jobs=1", *chosen.options]
-    return make_job(chosen.recipe, options)
+    return make_speech_job(chosen.recipe, options)
 
 
 @dataclass

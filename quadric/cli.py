@@ -23,19 +23,21 @@ from quadric.comm.communicator import Communicator, FirstFailed
 
 try:
     from quadric.lattice.generate import LatticeOptions
-    from quadric.progress import silent
+    from quadric.progress import Progress, silent
     from quadric.recipes import RECIPES
     from quadric.speech.backends import Backend
     from quadric.speech.corpus import Corpus, read_data_dir
     from quadric.speech.scoring import read_text, score
+    from quadric.train import comparison
     from quadric.train.console import bar, logged
     from quadric.train.decode import check_output, decode_directory
     from quadric.train.directory import align_directory, lattice_directory
     from quadric.train.finished import report
     from quadric.train.overrides import absent_options, convert, options, override
-    from quadric.train.pipeline import run
+    from quadric.train.pipeline import Result, run
     from quadric.train.recipe import PAPER_NETWORKS, Job
     from quadric.train.stages import plain
+    from quadric.train.task import TaskJob
     from quadric.train.trainer import Interrupted
 except ModuleNotFoundError as missing:
     if (missing.name or "").startswith("quadric"):
@@ -102,14 +104,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="quadric", description="Few, strong steps: acoustic models from recordings to word error rate."
+        prog="quadric",
+        description="Few, strong steps: acoustic models from recordings to word error rate, and other networks.",
     )
     parser.set_defaults(rank=0)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     train = commands.add_parser(
         "train",
-        help="from recordings to word error rate, by a recipe",
+        help="from recordings to word error rate, or from data to a trained network, by a recipe",
         description="Trains, decodes, scores and reports by a recipe. Run again, it goes on where it stopped.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=_recipes(),
@@ -227,10 +230,11 @@ def _recipes() -> str:
     return "\n".join(lines)
 
 
-def make_job(name: str, assignments: Sequence[str]) -> Job:
+def make_job(name: str, assignments: Sequence[str]) -> Job | TaskJob:
     """The recipe's job: assignments to its arguments are passed, the others override the job's options."""
-    recipe: Callable[..., Job] = next(recipe for recipe in RECIPES if recipe.__name__ == name)
-    parameters = inspect.signature(recipe, eval_str=True).parameters
+    recipe: Callable[..., Job | TaskJob] = next(recipe for recipe in RECIPES if recipe.__name__ == name)
+    signature = inspect.signature(recipe, eval_str=True)
+    parameters = signature.parameters
     arguments: dict[str, Any] = {}
     overrides = []
     for assignment in assignments:
@@ -239,16 +243,24 @@ def make_job(name: str, assignments: Sequence[str]) -> Job:
             arguments[key] = convert(parameters[key].annotation, text, key)
         else:
             overrides.append(assignment)
-    _check_names(name, overrides, list(parameters))
+    known = [*parameters, *(field.name for field in dataclasses.fields(signature.return_annotation))]
+    _check_names(name, overrides, known)
     missing = [p.name for p in parameters.values() if p.default is p.empty and p.name not in arguments]
     if missing:
         raise ValueError(f"recipe {name} needs {' '.join(f'{key}=...' for key in missing)}")
     return override(recipe(**arguments), overrides)
 
 
-def _check_names(recipe: str, overrides: Sequence[str], arguments: Sequence[str]) -> None:
+def make_speech_job(name: str, assignments: Sequence[str]) -> Job:
+    """The same of a recipe that goes from recordings to word error rate."""
+    job = make_job(name, assignments)
+    if not isinstance(job, Job):
+        raise ValueError(f"recipe {name} is not of speech: choose one that has recordings")
+    return job
+
+
+def _check_names(recipe: str, overrides: Sequence[str], known: Sequence[str]) -> None:
     """Raises ``ValueError`` for an override that is meant for no option, with those that may be meant."""
-    known = [*arguments, *(field.name for field in dataclasses.fields(Job))]
     for override_ in overrides:
         path, equals, _ = override_.partition("=")
         name = path.split(".")[0]
@@ -282,7 +294,7 @@ def _train_on(communicator: Communicator, chosen: argparse.Namespace) -> None:
     job = communicator.first_then_all("reading the options", partial(make_job, chosen.recipe, chosen.overrides))
     if chosen.rank:
         if not chosen.options:
-            run(job, chosen.work / job.name, progress=silent, communicator=communicator)
+            _run(job, chosen.work / job.name, progress=silent, communicator=communicator)
         return
     if chosen.options:
         for path, value in options(job):
@@ -292,10 +304,17 @@ def _train_on(communicator: Communicator, chosen: argparse.Namespace) -> None:
         return
     work = chosen.work / job.name
     with logged(work / "log"):
-        outcome = run(job, work, progress=bar, communicator=communicator)
+        outcome = _run(job, work, progress=bar, communicator=communicator)
     for line in outcome.lines:
         print(line)
     print(f"report: {outcome.report}")
+
+
+def _run(job: Job | TaskJob, work: Path, *, progress: Progress, communicator: Communicator) -> Result:
+    """What a job ends with."""
+    if isinstance(job, TaskJob):
+        return comparison.compare(job, work, progress=progress, communicator=communicator)
+    return run(job, work, progress=progress, communicator=communicator)
 
 
 def _written(value: Any) -> str:
@@ -389,4 +408,5 @@ def _score(chosen: argparse.Namespace) -> None:
 
 
 def _report(chosen: argparse.Namespace) -> None:
-    print(f"report: {report(chosen.work)}")
+    again = comparison.report if (chosen.work / comparison.JOB).is_file() else report
+    print(f"report: {again(chosen.work)}")

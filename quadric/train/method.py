@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR, LambdaLR, LRScheduler
 
+from quadric.comm.communicator import Communicator, Solo
 from quadric.objective.curvature import Curvature
 from quadric.optim.damping import AfterRejection
 from quadric.optim.precondition import LBFGS, FisherDiagonal, Preconditioner, SharedCounts
@@ -56,8 +57,8 @@ class Method(ABC):
         """Of the training, in lines, folders and reports."""
 
     @abstractmethod
-    def build(self, params: Iterable[nn.Parameter]) -> Optimizer:
-        """The optimiser over ``params``."""
+    def build(self, model: nn.Module, communicator: Communicator = Solo()) -> Optimizer:
+        """The optimiser of ``model``, which the ranks of ``communicator`` train together."""
 
     @property
     def sampler(self) -> Sampler:
@@ -103,9 +104,9 @@ class FirstOrder(Method):
     def name(self) -> str:
         return self.optimizer.__name__.lower()
 
-    def build(self, params: Iterable[nn.Parameter]) -> Optimizer:
+    def build(self, model: nn.Module, communicator: Communicator = Solo()) -> Optimizer:
         decay: dict[str, Any] = {} if self.weight_decay is None else {"weight_decay": self.weight_decay}
-        return self.optimizer(params, lr=self.lr, **decay, **self.arguments)  # type: ignore[call-arg]
+        return self.optimizer(model.parameters(), lr=self.lr, **decay, **self.arguments)  # type: ignore[call-arg]
 
     def _try(self) -> None:
         """Refuses what the optimiser cannot be made with, and one that cannot train, by a step of a small layer."""
@@ -118,7 +119,7 @@ class FirstOrder(Method):
             return loss
 
         try:
-            optimizer = self.build([weight, bias])
+            optimizer = self.build(nn.ParameterList([weight, bias]))
             optimizer.step(closure)  # type: ignore[arg-type]
         except Exception as error:  # an optimiser may refuse in any way it likes
             decay = "" if self.weight_decay is None else f", weight_decay={self.weight_decay}"
@@ -128,15 +129,20 @@ class FirstOrder(Method):
             ) from error
 
     def schedule(self, optimizer: Optimizer, updates: int) -> LRScheduler:
-        rising = max(1, round(self.warmup * updates))
+        return warm_cosine(optimizer, updates, self.warmup, self.floor)
 
-        def factor(update: int) -> float:
-            if update < rising:
-                return (update + 1) / rising
-            done = min(1.0, (update - rising) / max(1, updates - rising))
-            return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * done))
 
-        return LambdaLR(optimizer, factor)
+def warm_cosine(optimizer: Optimizer, updates: int, warmup: float, floor: float) -> LRScheduler:
+    """Rates that rise from zero over a share of the updates, and fall by a cosine to a share of what they were."""
+    rising = max(1, round(warmup * updates))
+
+    def factor(update: int) -> float:
+        if update < rising:
+            return (update + 1) / rising
+        done = min(1.0, (update - rising) / max(1, updates - rising))
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+
+    return LambdaLR(optimizer, factor)
 
 
 Preconditioning = Literal["none", "lbfgs", "flexible_lbfgs", "diagonal", "shared_counts"]
@@ -221,9 +227,9 @@ class HessianFree(SecondOrderMethod):
     def name(self) -> str:
         return "hessian_free"
 
-    def build(self, params: Iterable[nn.Parameter]) -> Optimizer:
+    def build(self, model: nn.Module, communicator: Communicator = Solo()) -> Optimizer:
         return hessian_free(
-            params,
+            model.parameters(),
             damping=self.damping,
             max_steps=self.max_steps,
             tolerance=self.tolerance,
@@ -271,8 +277,8 @@ class NaturalGradient(SecondOrderMethod):
     def name(self) -> str:
         return "natural_gradient"
 
-    def build(self, params: Iterable[nn.Parameter]) -> Optimizer:
-        return self._by(natural_gradient, params)
+    def build(self, model: nn.Module, communicator: Communicator = Solo()) -> Optimizer:
+        return self._by(natural_gradient, model.parameters())
 
     def _by(self, method: Callable[..., SecondOrder], params: Iterable[nn.Parameter]) -> SecondOrder:
         return method(
@@ -302,5 +308,10 @@ class NGHF(NaturalGradient):
     def name(self) -> str:
         return "nghf"
 
-    def build(self, params: Iterable[nn.Parameter]) -> Optimizer:
-        return self._by(nghf, params)
+    def build(self, model: nn.Module, communicator: Communicator = Solo()) -> Optimizer:
+        return self._by(nghf, model.parameters())
+
+
+def named(*methods: Method | None) -> dict[str, Method]:
+    """Those that are not None, by their names."""
+    return {method.name: method for method in methods if method is not None}

@@ -25,7 +25,7 @@ from quadric.train.prepare import Prepared, prepare
 from quadric.train.recipe import Job
 from quadric.train.sequence import SequenceSet, compete, targets
 from quadric.train.sources import Split
-from quadric.train.stages import Stages, alone_in, plain, reading
+from quadric.train.stages import Stages, alone_in, plain, point, reading
 from quadric.train.system import System
 from quadric.train.training import Sets, fit, network, realigned, trained
 from quadric.train.units import Units, choose_units
@@ -203,9 +203,9 @@ def _tested(job: Job, link: Path, prepared: Prepared, units: Units, folder: Path
 
     key = (job.decoding, units.graph.parent.name, prepared.key, prepared.test_key)
     decoded = Stages(folder).make("decoded", *key, by=make)
-    _point(folder / "decoded", decoded)
-    _point(folder / "system", decoded / "system")
-    _point(link, folder)
+    point(folder / "decoded", decoded)
+    point(folder / "system", decoded / "system")
+    point(link, folder)
 
 
 def _tuned(job: Job, prepared: Prepared, system: System, out: Path, progress: Progress) -> System:
@@ -216,14 +216,3 @@ def _tuned(job: Job, prepared: Prepared, system: System, out: Path, progress: Pr
     chosen = {"lm_weight": best.lm_weight, "word_penalty": best.word_penalty}
     _write_json(out / "sweep.json", {"chosen": chosen, "tried": rows})
     return system.tuned(best.lm_weight, best.word_penalty)
-
-
-def _point(link: Path, folder: Path) -> None:
-    """Makes ``link`` a relative link to ``folder``, which lies beside or below it."""
-    target = folder.relative_to(link.parent)
-    if link.is_symlink() and link.readlink() == target:
-        return
-    temporary = link.with_name(f".{link.name}.part")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target)
-    temporary.replace(link)

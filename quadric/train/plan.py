@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from quadric.data.stream import FrameStream
+from quadric.data.examples import Stream
 from quadric.optim.sampling import Sampler, Seen
 from quadric.options import check_whole
 
@@ -38,7 +38,7 @@ class Plan:
             if not value > 0:
                 raise ValueError(f"{name}={value}: must be positive")
 
-    def updates(self, stream: FrameStream) -> int:
+    def updates(self, stream: Stream) -> int:
         """Optimiser steps from the beginning of ``stream`` to the end.
 
         Exactly, or at most where the sampler looks at the gradient or patience may end.

@@ -17,9 +17,10 @@ from quadric.speech.features import Fbank
 from quadric.speech.gaussian import GaussianBootstrap
 from quadric.speech.normalisation import Normalisation
 from quadric.speech.tree import TreeOptions
+from quadric.train.block_method import BlockDiagonalMethod
 from quadric.train.criterion import SequenceTraining
-from quadric.train.method import NGHF, FirstOrder, HessianFree, Method, NaturalGradient
-from quadric.train.rules import ALL_FINITE, ALL_POSITIVE, NOT_NEGATIVE, POSITIVE, WINDOW, check
+from quadric.train.method import NGHF, FirstOrder, HessianFree, Method, NaturalGradient, named
+from quadric.train.rules import ALL_FINITE, ALL_POSITIVE, NOT_NEGATIVE, POSITIVE, WINDOW, check, check_name
 from quadric.train.sources import Source
 
 
@@ -179,8 +180,8 @@ class Job:
         network: the acoustic model.
         augment: masks on the features while training.
         chunk: frames of the windows that minibatches are made of.
-        first_order, hessian_free, natural_gradient, nghf: the trainings to compare, each from the same start; None:
-            leave it out.
+        first_order, block_diagonal, hessian_free, natural_gradient, nghf: the trainings to compare, each from the same
+            start; None: leave it out.
         sequence: trainings by a sequence criterion, from one of these on; None: leave them out.
         decoding: of dev and test.
         autocast: compute matrix products in bfloat16.
@@ -210,6 +211,7 @@ class Job:
     augment: SpecAugment | None = None
     chunk: int = 50
     first_order: FirstOrder | None = field(default_factory=FirstOrder)
+    block_diagonal: BlockDiagonalMethod | None = None
     hessian_free: HessianFree | None = field(default_factory=HessianFree)
     natural_gradient: NaturalGradient | None = None
     nghf: NGHF | None = None
@@ -226,10 +228,11 @@ class Job:
             raise ValueError(
                 f"speeds={self.speeds}: must hold 1.0, the speed alignments start from, and each speed once"
             )
-        if not self.name or Path(self.name).name != self.name:
-            raise ValueError(f"name={self.name!r}: must be the plain name of a folder")
+        check_name(self.name)
         if not self.methods:
-            raise ValueError("first_order, hessian_free, natural_gradient, nghf are all none: leave one in at least")
+            raise ValueError(
+                "first_order, block_diagonal, hessian_free, natural_gradient, nghf are all none: leave one in at least"
+            )
         if self.sequence is not None and self.sequence.start not in (None, *self.methods):
             raise ValueError(
                 f"sequence.start={self.sequence.start}: no such training; choose one of {', '.join(self.methods)}"
@@ -238,5 +241,4 @@ class Job:
     @property
     def methods(self) -> dict[str, Method]:
         """The trainings that are not left out, by name."""
-        chosen: tuple[Method | None, ...] = (self.first_order, self.hessian_free, self.natural_gradient, self.nghf)
-        return {method.name: method for method in chosen if method is not None}
+        return named(self.first_order, self.block_diagonal, self.hessian_free, self.natural_gradient, self.nghf)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from quadric.data.stream import MICRO_FRAMES
@@ -31,6 +32,12 @@ def one_of(choices: Any) -> Rule:
     """The rule of an option that is one of the words of a ``Literal``."""
     words = get_args(choices)
     return lambda value: value in words, f"must be {' or '.join(map(repr, words))}"
+
+
+def check_name(name: str) -> None:
+    """Refuses a job's name that is not that of a folder."""
+    if not name or Path(name).name != name:
+        raise ValueError(f"name={name!r}: must be the plain name of a folder")
 
 
 def check(record: object, **rules: Rule) -> None:

@@ -114,3 +114,14 @@ class Stages:
 def _write_key(folder: Path, key: Any) -> None:
     with new_file(folder / "key.json") as temporary:
         temporary.write_text(json.dumps(plain(list(key)), indent=1))
+
+
+def point(link: Path, folder: Path) -> None:
+    """Makes ``link`` a relative link to ``folder``, which lies beside or below it."""
+    target = folder.relative_to(link.parent)
+    if link.is_symlink() and link.readlink() == target:
+        return
+    temporary = link.with_name(f".{link.name}.part")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    temporary.replace(link)

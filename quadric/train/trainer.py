@@ -27,7 +27,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from quadric.comm import checkpoint as together
 from quadric.comm.communicator import Communicator, Solo
-from quadric.data.stream import FrameStream
+from quadric.data.examples import Stream
 from quadric.loss.loss import Loss
 from quadric.objective.objective import Objective
 from quadric.optim.sampling import Seen, Sizes
@@ -59,7 +59,7 @@ class Diverged(RuntimeError):
 def evaluate(
     model: nn.Module,
     loss: Loss,
-    stream: FrameStream,
+    stream: Stream,
     *,
     autocast: bool = False,
     communicator: Communicator = Solo(),
@@ -121,8 +121,8 @@ class Trainer:
         model: nn.Module,
         loss: Loss,
         optimizer: Optimizer,
-        stream: FrameStream,
-        held_out: FrameStream | None,
+        stream: Stream,
+        held_out: Stream | None,
         plan: Plan,
         folder: Path,
         *,

@@ -92,7 +92,7 @@ def fit(
     trainer = Trainer(
         model,
         loss,
-        method.build(model.parameters()),
+        method.build(model, communicator),
         stream,
         held_out,
         plan,

@@ -86,7 +86,7 @@ def test_any_optimiser_of_torch_is_made_as_the_command_line_says(
 ) -> None:
     job = override(digits(), [f"first_order.{assignment}" for assignment in assignments])
     assert job.first_order is not None
-    (made,) = job.first_order.build([nn.Parameter(torch.zeros(2))]).param_groups
+    (made,) = job.first_order.build(nn.ParameterList([nn.Parameter(torch.zeros(2))])).param_groups
     made["betas"] = tuple(made.get("betas", ()))
     assert {key: made[key] for key in group} == group
 

@@ -283,6 +283,8 @@ def test_trainings_are_named_by_criterion_and_optimiser() -> None:
     assert list(chosen.sequence.methods) == ["mmi_sgd", "mmi_nghf"] and chosen.sequence.start == "hessian_free"
     assert chosen.sequence.competitors == Competitors()
     both = SequenceTraining(sgd=SGDPerUtterance(), adam=AdamPerUtterance(), nghf=None)
-    optimizers = [method.build([torch.nn.Parameter(torch.zeros(1))]) for method in both.methods.values()]
+    optimizers = [
+        method.build(torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(1))])) for method in both.methods.values()
+    ]
     assert [type(optimizer).__name__ for optimizer in optimizers] == ["SGD", "Adam"]
     assert [method.sampler.sizes.__self__.gradient for method in both.methods.values()] == [1, 1]  # type: ignore[attr-defined]

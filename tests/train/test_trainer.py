@@ -45,7 +45,7 @@ def _hessian_free(model: nn.Module) -> Optimizer:
 
 def _lbfgs(model: nn.Module) -> Optimizer:
     """Evaluates its closure several times an update."""
-    return FirstOrder(optimizer=torch.optim.LBFGS, lr=0.3, arguments={"max_iter": 4}).build(model.parameters())
+    return FirstOrder(optimizer=torch.optim.LBFGS, lr=0.3, arguments={"max_iter": 4}).build(model)
 
 
 METHODS = {
@@ -350,7 +350,7 @@ def test_of_one_frame_an_update_sees_one_utterance(tmp_path: Path) -> None:
     stream, held_out = (FrameStream(features, targets, context=(2, 2), chunk=None, seed=1) for _ in range(2))
     method, loss, rates = FirstOrder(epochs=3.0, gradient_frames=1, lr=0.01, warmup=0.0, floor=0.0), _OfObjects(), []
     model = _model(0.0)
-    optimizer = method.build(model.parameters())
+    optimizer = method.build(model)
     optimizer.register_step_pre_hook(lambda o, *_: rates.append(o.param_groups[0]["lr"]))
     plan = Plan(method.epochs, method.sampler, evaluations=3)
     trainer = Trainer(model, loss, optimizer, stream, held_out, plan, tmp_path, schedule=method.schedule)

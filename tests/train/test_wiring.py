@@ -192,7 +192,7 @@ def test_a_training_is_given_all_it_is_told(tmp_path: Path, monkeypatch: pytest.
     assert made["plan"] == plan and made["folder"] == folder and folder.name.startswith("a name-")
     assert made["communicator"] is alone
     assert isinstance(made["loss"], CrossEntropy) and made["schedule"] == method.schedule
-    assert type(made["optimizer"]) is type(method.build(model.parameters()))
+    assert type(made["optimizer"]) is type(method.build(model))
     stepped = [p for group in made["optimizer"].param_groups for p in group["params"]]
     assert list(map(id, stepped)) == list(map(id, made["model"].parameters()))
     assert made["stream"].total_frames == sum(map(len, units.train.values()))
@@ -224,7 +224,7 @@ def test_a_training_told_otherwise_is_another(
 def test_a_first_order_optimiser_has_its_options() -> None:
     assert all(getattr(FIRST_ORDER, name) != value for name, value in defaults(FirstOrder).items())
     parameter = nn.Parameter(torch.zeros(3))
-    optimizer = FIRST_ORDER.build([parameter])
+    optimizer = FIRST_ORDER.build(nn.ParameterList([parameter]))
     assert type(optimizer) is torch.optim.RMSprop
     (group,) = optimizer.param_groups
     assert group["params"] == [parameter]
@@ -242,7 +242,7 @@ def test_a_first_order_optimiser_has_its_options() -> None:
 def test_a_hessian_free_optimiser_has_its_options() -> None:
     assert all(getattr(HESSIAN_FREE, name) != value for name, value in defaults(HessianFree).items())
     parameter = nn.Parameter(torch.zeros(3))
-    optimizer = HESSIAN_FREE.build([parameter])
+    optimizer = HESSIAN_FREE.build(nn.ParameterList([parameter]))
     assert isinstance(optimizer, SecondOrder)
     assert optimizer.descent == NewtonCG(ConjugateGradient(7, RelativeProgress(0.01), pairs=LBFGS().pairs), 0.4)
     assert optimizer.preconditioner == LBFGS()
@@ -271,13 +271,13 @@ def test_natural_methods_have_their_options(kind: type[NaturalGradient]) -> None
     assert all(getattr(method, name) != value for name, value in defaults(kind).items())
     chosen = replace(digits(), first_order=None, hessian_free=None, **{method.name: method})
     assert chosen.methods == {method.name: method}
-    optimizer = method.build([nn.Parameter(torch.zeros(3))])
+    optimizer = method.build(nn.ParameterList([nn.Parameter(torch.zeros(3))]))
     assert isinstance(optimizer, SecondOrder) and optimizer.preconditioner == FisherDiagonal()
     assert optimizer.descent.metric is optimizer.descent.kind is Curvature.GAUSS_NEWTON
     assert optimizer.search == BestIterate(candidates="backwards")
     assert optimizer.rule == AfterRejection(initial=0.2)
     for metric in ("empirical_fisher", "fisher"):
-        other = replace(method, metric=metric).build([nn.Parameter(torch.zeros(3))])
+        other = replace(method, metric=metric).build(nn.ParameterList([nn.Parameter(torch.zeros(3))]))
         assert isinstance(other, SecondOrder) and other.descent.metric is Curvature[metric.upper()]
     solvers = [getattr(optimizer.descent, name, None) for name in ("solver", "natural")]
     assert {solver.max_steps for solver in solvers if solver is not None} == {5}
@@ -286,7 +286,7 @@ def test_natural_methods_have_their_options(kind: type[NaturalGradient]) -> None
 @pytest.mark.parametrize(("kind", "build"), [(NaturalGradient, natural_gradient), (NGHF, nghf)])
 def test_natural_methods_default_to_those_of_the_library(kind: type[NaturalGradient], build: Any) -> None:
     parameter = nn.Parameter(torch.zeros(3))
-    ours, theirs = kind().build([parameter]), build([parameter])
+    ours, theirs = kind().build(nn.ParameterList([parameter])), build([parameter])
     for part in ("descent", "search", "rule", "preconditioner"):
         assert getattr(ours, part) == getattr(theirs, part)
 
