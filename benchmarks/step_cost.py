@@ -4,9 +4,12 @@
 
 Two tasks: ``mlp``, the autoencoder 784-1000-500-250-30-250-500-1000-784 on 1,000 images a step; ``vgg``, six
 convolutions with batch normalisation (32-32-64-64-128-128) and two fully connected layers on 128 images of 3 x 32 x 32.
-Every step, from ``zero_grad()`` on, is followed by one of Adam's on a copy of the model, and the row is the ratio of
-their sums over a cycle of ``t2`` steps, in which inverses are made once and statistics every ``t1``. Of a cycle of 100
-steps a fifth is timed, that with the inverses, and another fifth, which stands for the rest.
+Every step, from ``zero_grad()`` on, is followed by one of Adam's on a copy of the model.
+
+The family's steps are of three kinds: those that make inverses, those that make statistics alone, and the others. Each
+kind is timed ``--repeats`` times (inverses half as often), by turns, and a cycle of T2 steps put together from the
+medians: one of the first kind, T2 / T1 - 1 of the second and the rest of the third. The row is its seconds over those
+of as many median steps of Adam. Peers are timed over a whole cycle of 20 steps, as they come.
 
 The peers are left out where they cannot be imported: SOAP and Shampoo of `pytorch_optimizer`, torch's Muon (on
 matrices, Adam on the rest), `distributed_shampoo` of torch-shampoo, and `kfac` of kfac-pytorch. The last column is the
@@ -21,6 +24,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -36,7 +40,7 @@ from quadric.optim.shampoo import shampoo
 from quadric.optim.tnt import tnt
 
 WINDOW = 20
-"""Steps that are timed in a row."""
+"""Steps of a peer's cycle."""
 RATE = 1e-5
 
 Step = Callable[[], None]
@@ -131,31 +135,35 @@ def _numbers(held: Any) -> int:
 
 @dataclass(frozen=True)
 class Method:
-    """An optimiser and its cycle."""
+    """An optimiser, and the cycles that it is judged by.
+
+    Attributes:
+        cycles: pairs of T1 and T2.
+    """
 
     name: str
-    t1: int
-    t2: int
     build: Callable[[nn.Module], Any]
+    cycles: tuple[tuple[int, int], ...] = ((1, 20),)
 
 
-OURS = {
-    "mini-block Fisher": mini_block_fisher,
-    "KFAC": kfac,
-    "K-BFGS": kbfgs,
-    "K-BFGS(L)": kbfgs_l,
-    "Shampoo": shampoo,
-    "TNT": tnt,
-}
+T1, T2 = 10, 100
+"""The schedule under which kinds of steps are timed: by their number."""
+CYCLES = ((1, 20), (10, 100))
 
 
-def _ours() -> list[Method]:
-    methods = []
-    for name, build in OURS.items():
-        for t1, t2 in ((1, 20), (10, 100)):
-            schedule = Schedule(statistics=t1, inverses=t2)
-            methods.append(Method(name, t1, t2, lambda m, b=build, s=schedule: b(m, lr=RATE, schedule=s)))
-    return methods
+def _ours(name: str, build: Callable[..., BlockDiagonal]) -> Method:
+    schedule = Schedule(statistics=T1, inverses=T2)
+    return Method(name, lambda model: build(model, lr=RATE, schedule=schedule), CYCLES)
+
+
+OURS = [
+    _ours("mini-block Fisher", mini_block_fisher),
+    _ours("KFAC", kfac),
+    _ours("K-BFGS", kbfgs),
+    _ours("K-BFGS(L)", kbfgs_l),
+    _ours("Shampoo", shampoo),
+    _ours("TNT", tnt),
+]
 
 
 def _muon(model: nn.Module) -> tuple[Any, Any]:
@@ -197,53 +205,74 @@ def _kfac_pytorch(model: nn.Module) -> tuple[Any, Any]:
 
 
 PEERS = [
-    Method("torch Muon", 1, 20, _muon),
-    Method("pytorch_optimizer SOAP", 10, 10, _pytorch_optimizer("SOAP", max_precondition_dim=1024)),
-    Method("pytorch_optimizer Shampoo", 1, 20, _pytorch_optimizer("Shampoo", preconditioning_compute_steps=20)),
-    Method("torch-shampoo", 1, 20, _torch_shampoo),
-    Method("kfac-pytorch", 1, 20, _kfac_pytorch),
+    Method("torch Muon", _muon),
+    Method("pytorch_optimizer SOAP", _pytorch_optimizer("SOAP", max_precondition_dim=1024), ((10, 10),)),
+    Method("pytorch_optimizer Shampoo", _pytorch_optimizer("Shampoo", preconditioning_compute_steps=20)),
+    Method("torch-shampoo", _torch_shampoo),
+    Method("kfac-pytorch", _kfac_pytorch),
 ]
 
 
-def ratio(method: Method, task: Task, device: torch.device) -> tuple[float, Stepper]:
-    """Seconds of a cycle of the method's steps over those of as many of Adam's, one after the other."""
-    adam = Stepper(task, device, lambda m: torch.optim.Adam(m.parameters(), lr=RATE, fused=device.type == "cuda"))
-    stepper = Stepper(task, device, method.build)
-    for _ in range(3):
-        stepper()
-        adam()
-    optimizer, long = stepper.optimizers[0], method.t2 > WINDOW
-    if isinstance(optimizer, BlockDiagonal):
-        optimizer.param_groups[0]["step"] = method.t2  # the next one makes inverses
-    first = _timed(stepper, adam, min(WINDOW, method.t2) if isinstance(optimizer, BlockDiagonal) else WINDOW)
-    if not long:
-        return first[0] / first[1], stepper
-    rest = _timed(stepper, adam, WINDOW)
-    times = method.t2 / WINDOW - 1
-    return (first[0] + times * rest[0]) / (first[1] + times * rest[1]), stepper
+class Race:
+    """A method and Adam on copies of a model, step by step."""
 
+    def __init__(self, method: Method, task: Task, device: torch.device) -> None:
+        self.method = method
+        self.adam = Stepper(
+            task, device, lambda m: torch.optim.Adam(m.parameters(), lr=RATE, fused=device.type == "cuda")
+        )
+        self.ours = Stepper(task, device, method.build)
 
-def _timed(one: Step, other: Step, steps: int) -> tuple[float, float]:
-    totals = [0.0, 0.0]
-    for _ in range(steps):
-        for k, step in enumerate((one, other)):
+    def ratios(self, repeats: int) -> dict[tuple[int, int], float]:
+        """Seconds of a cycle of the method's steps over those of as many of Adam's."""
+        if isinstance(self.ours.optimizers[0], BlockDiagonal):
+            return self._by_kinds(self.ours.optimizers[0], repeats)
+        for _ in range(3):
+            self._timed()
+        pairs = [self._timed() for _ in range(WINDOW)]
+        return {self.method.cycles[0]: sum(ours for ours, _ in pairs) / sum(adam for _, adam in pairs)}
+
+    def _by_kinds(self, optimizer: BlockDiagonal, repeats: int) -> dict[tuple[int, int], float]:
+        numbers = {"inverses": T2, "statistics": T2 + T1, "rest": T2 + 1}
+        found: dict[str, list[float]] = {kind: [] for kind in (*numbers, "adam")}
+        for turn in range(-1, repeats):  # the first is to warm up
+            for kind, number in numbers.items():
+                if kind == "inverses" and turn > 0 and turn % 2:
+                    continue
+                optimizer.param_groups[0]["step"] = number
+                ours, adam = self._timed()
+                if turn >= 0:
+                    found[kind].append(ours)
+                    found["adam"].append(adam)
+        inverses, statistics, rest, adam = (median(seconds) for seconds in found.values())
+        return {
+            (t1, t2): (inverses + (t2 // t1 - 1) * statistics + (t2 - t2 // t1) * rest) / (t2 * adam)
+            for t1, t2 in self.method.cycles
+        }
+
+    def _timed(self) -> tuple[float, float]:
+        seconds = []
+        for step in (self.ours, self.adam):
             start = now()
             step()
-            totals[k] += now() - start
-    return totals[0], totals[1]
+            seconds.append(now() - start)
+        return seconds[0], seconds[1]
 
 
 def main() -> None:
     """Prints the table, and writes it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    methods = [*_ours(), *PEERS]
-    names = list(dict.fromkeys(method.name for method in methods))
+    methods = [*OURS, *PEERS]
+    names = [method.name for method in methods]
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--methods", nargs="+", default=names, choices=names)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=4, help="of each kind of step")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
+    if chosen.repeats < 1:
+        sys.exit("--repeats must be at least 1")
     torch.set_num_threads(chosen.threads)
     warnings.filterwarnings("ignore")
     table = Table(("task", "method", "t1", "t2", "steps of Adam", "state over parameters"), chosen.json)
@@ -254,13 +283,15 @@ def main() -> None:
             if method.name not in chosen.methods:
                 continue
             try:
-                found, stepper = ratio(method, task, torch.device(chosen.device))
+                race = Race(method, task, torch.device(chosen.device))
+                ratios = race.ratios(chosen.repeats)
             except (ImportError, AttributeError) as missing:
                 print(f"{method.name} is left out: {missing}", file=sys.stderr, flush=True)
                 continue
-            row = {"task": name, "method": method.name, "t1": method.t1, "t2": method.t2}
-            row |= {"ratio_to_adam": found, "state": stepper.memory}
-            table.add(row, [name, method.name, str(method.t1), str(method.t2), f"{found:.2f}", f"{stepper.memory:.1f}"])
+            state = race.ours.memory
+            for (t1, t2), ratio in ratios.items():
+                row = {"task": name, "method": method.name, "t1": t1, "t2": t2, "ratio_to_adam": ratio, "state": state}
+                table.add(row, [name, method.name, str(t1), str(t2), f"{ratio:.2f}", f"{state:.1f}"])
 
 
 if __name__ == "__main__":
