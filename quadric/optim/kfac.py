@@ -10,7 +10,7 @@ Layers without calls that show a and g have mini-blocks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -138,7 +138,7 @@ class Kronecker(Block):
             torch._foreach_mul_([A, G], keep)
             return
         n = self.options.every
-        calls = [Call(call.inputs[::n], call.cotangent[::n], call.number) for call in seen.calls]
+        calls = [replace(call, inputs=call.inputs[::n], cotangent=call.cotangent[::n]) for call in seen.calls]
         taken = examples(calls)
         of_G = share * seen.examples * examples(seen.calls) / taken
         if self.options.sharing == "reduce":

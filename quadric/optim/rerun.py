@@ -165,11 +165,11 @@ class Rerun:
         def cast(x: Tensor) -> Tensor:
             return same.setdefault(id(x), x.to(dtype)) if x.is_floating_point() else x
 
-        own = {name: None if p is None else cast(p.detach()) for name, p in self.own.items()}
+        own = {name: None if p is None else p.detach().to(dtype) for name, p in self.own.items()}
         with torch.enable_grad(), torch.autocast(like.device.type, enabled=False):
             args, kwargs = with_tensors(self.args, cast), with_tensors(self.kwargs, cast)
             made, products = results(self.module, own, args, kwargs, 0.0)
-        known = [(z, cast(g)) for z, g in zip(made, outputs, strict=True) if g is not None]
+        known = [(z, g.to(dtype)) for z, g in zip(made, outputs, strict=True) if g is not None]
         at, found = wanted(products)
         return found(torch.autograd.grad([z for z, _ in known], at, [g for _, g in known], allow_unused=True))
 

@@ -12,6 +12,7 @@ class Steps(nn.Module):
     def __init__(self, layer: nn.RNNBase) -> None:
         super().__init__()
         self.mode, self.hidden, self.layers = layer.mode, layer.hidden_size, layer.num_layers
+        self.projected = layer.proj_size
         self.ends = ["", "_reverse"] if layer.bidirectional else [""]
         self.products = nn.ModuleDict()
         for name in [name for name, _ in layer.named_parameters() if name.startswith("weight")]:
@@ -28,8 +29,7 @@ class Steps(nn.Module):
     def direction(self, name: str, x: Tensor, reverse: bool) -> Tensor:
         made: dict[int, Tensor] = {}
         c = x.new_zeros(len(x), self.hidden)
-        projects = f"weight_hr_{name}" in self.products
-        h = x.new_zeros(len(x), len(self.products[f"weight_hr_{name}"].weight)) if projects else c
+        h = x.new_zeros(len(x), self.projected or self.hidden)
         order = list(range(x.shape[1]))
         for t in order[::-1] if reverse else order:
             a, b = self.products[f"weight_ih_{name}"](x[:, t]), self.products[f"weight_hh_{name}"](h)
@@ -43,7 +43,7 @@ class Steps(nn.Module):
                 h = (1 - z) * torch.tanh(n + torch.sigmoid(r + r_h) * n_h) + z * h
             else:
                 h = (a + b).tanh() if self.mode == "RNN_TANH" else (a + b).relu()
-            made[t] = h = self.products[f"weight_hr_{name}"](h) if projects else h
+            made[t] = h = self.products[f"weight_hr_{name}"](h) if self.projected else h
         return torch.stack([made[t] for t in order], 1)
 
 
