@@ -71,7 +71,9 @@ def check(calls: dict[Layer, list[Call]]) -> None:
             z = nn.functional.linear(call.inputs, *(p.detach() for p in layer.parameters))
             whole = call.cotangent.flatten(0, -2).any(0)  # queries, keys and values have a part of the outputs each
             expected = torch.where(whole, z.flatten(0, -2).sum(0), 0.0)
-            torch.testing.assert_close(call.outputs[whole], expected[whole])
+            if not layer.name.startswith("in_proj"):
+                expected = z.flatten(0, -2).sum(0)  # a cotangent may be zero elsewhere
+            torch.testing.assert_close(call.outputs, expected)
 
 
 def _positions(x: Tensor) -> Tensor:
@@ -103,11 +105,13 @@ def states(model: nn.RNNBase, examples: int | None) -> Any:
 @pytest.mark.parametrize("kind", INPUTS)
 @pytest.mark.parametrize("name", RECURRENT)
 def test_calls_of_recurrent_layers_make_the_gradients(name: str, kind: str) -> None:
-    for layers, both, bias, dropout, given in itertools.product(
-        (1, 2), (True, False), (True, False), (0.0, 0.5), (0, 1)
+    for layers, both, bias, dropout, given in (
+        (1, False, True, 0.0, False),
+        (1, True, False, 0.0, True),
+        (2, True, True, 0.0, True),
+        (2, False, True, 0.5, True),
+        (2, True, False, 0.5, False),
     ):
-        if dropout and layers == 1:
-            continue
         model = recurrent(
             RECURRENT[name],
             num_layers=layers,
@@ -194,7 +198,12 @@ GIVEN: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("which", ["self", "keys are values", "all different", "widths of their own"])
 def test_calls_of_attention_make_the_gradients_and_its_results_are_the_same(name: str, which: str) -> None:
     apart = {"kdim": 3, "vdim": 5} if which == "widths of their own" else {}
-    for first, ends, dropout, bias in itertools.product((True, False), (True, False), (0.0, 0.5), (True, False)):
+    for first, ends, dropout, bias in (
+        (True, False, 0.0, True),
+        (False, False, 0.5, True),
+        (False, True, 0.0, False),
+        (True, True, 0.5, True),
+    ):
         module = attention(batch_first=first, add_bias_kv=ends, add_zero_attn=ends, dropout=dropout, bias=bias, **apart)
         shape = (3, 6) if first else (6, 3)
         q, k, v = (draw(*shape, width, seed=s) for s, width in enumerate((4, *(apart.values() or (4, 4)))))
