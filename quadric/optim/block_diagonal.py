@@ -354,6 +354,7 @@ class BlockDiagonal(torch.optim.Optimizer):
         numbers["uncalled"] = torch.tensor(True)
         block.otherwise.observe(numbers, Seen(gradient), 1.0)
         block.otherwise.refresh(numbers, self.param_groups[0]["damping"])
+        self._capture.close()
         self._listen()
         return block.otherwise
 

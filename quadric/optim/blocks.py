@@ -32,12 +32,16 @@ class Call:
         cotangent: the gradient of the loss with respect to its output.
         number: of the backward pass, where gradients of several are accumulated.
         outputs: the sum of its outputs over examples and positions, ``[outputs]``, where the block is a `SecondLook`.
+        packed: of a packed sequence, which one: its calls are of the first examples of all, with the longest sequences.
+        filled: examples at the end that are nothing but zeros.
     """
 
     inputs: Tensor
     cotangent: Tensor
     number: int = 0
     outputs: Tensor | None = None
+    packed: int | None = None
+    filled: int = 0
 
 
 @dataclass(frozen=True)

@@ -6,20 +6,35 @@ its calls: with inputs a and cotangents c, the gradient of its weight is the sum
 Hooks are on the modules from the optimiser's making to its end. In a step whose statistics are not due they test a
 flag. In one that is, a forward pass leaves its inputs with the graph, which has most of them anyway, and the backward
 pass puts them together with the cotangents. What no backward pass reaches is gone with its graph.
+
+Modules with products inside, recurrent ones and attention, have their pass made once more when the calls are wanted
+(see `rerun`). Where it cannot be made again, because the module drops at random inside, or because autograd would show
+more than the gradient at a cell's outputs, the pass of such a step is the unfused one, in the place of the module's.
 """
 
 from __future__ import annotations
 
+import itertools
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from quadric.optim.blocks import Call, statistics_type
 from quadric.optim.layers import Kind, Layer
+from quadric.optim.rerun import Found, Rerun, Weights, draws, fused, results, tensors, wanted, weights, with_tensors
+
+_Later = Callable[[int, int], list[Call]]
+"""The calls that one call of a module has shown, of the layer at a place and of a pass of a number."""
+
+
+_UNFUSED = WeakTensorKeyDictionary()
+"""Outputs that are in the place of a module's, each with what their products' cotangents arrive at."""
 
 
 class Capture:
@@ -45,14 +60,16 @@ class Capture:
     ) -> None:
         self.layers, self._outputs = tuple(layers), frozenset(outputs)
         self._due, self._forced = due, False
-        self._calls: dict[int, list[Call]] = {}
+        self._calls: dict[int, list[tuple[int, _Later]]] = {}
         self._passes: dict[int, int] = {}
+        self._serial = itertools.count()
         places = {id(layer.weight): place for place, layer in enumerate(self.layers)}
         hooks = []
         for module in model.modules() if places else ():
-            place = places.get(id(getattr(module, "weight", None)))
-            if place is not None:
-                tap = _Tap(weakref.ref(self), place)
+            own = weights(module)
+            heard = {name: places[id(p)] for name, p in own.items() if id(p) in places and "bias" not in name}
+            if heard:
+                tap = _Tap(weakref.ref(self), heard)
                 hooks.append(module.register_forward_hook(tap, prepend=True, with_kwargs=True))
         self.close = weakref.finalize(self, _remove, hooks)
         self.close.atexit = False
@@ -73,8 +90,11 @@ class Capture:
             self._forced = False
 
     def take(self) -> Mapping[Layer, list[Call]]:
-        """The calls since the last time, of the layers that have any."""
-        calls = {self.layers[place]: found for place, found in sorted(self._calls.items())}
+        """The calls since the last time, of the layers that have any.
+
+        Ask for them before the parameters change: passes that must be made again for them are made then.
+        """
+        calls = _Calls({self.layers[place]: (place, found) for place, found in sorted(self._calls.items())})
         self.clear()
         return calls
 
@@ -82,48 +102,156 @@ class Capture:
         """Forgets what is recorded."""
         self._calls, self._passes = {}, {}
 
-    def called(self, place: int, module: nn.Module, inputs: Tensor, output: Any) -> None:
-        """Waits for the gradient at an output."""
-        layer = self.layers[place]
-        seen = isinstance(output, Tensor) and output.requires_grad and torch.is_grad_enabled()
-        if not seen or module.weight is not layer.weight or torch._C._functorch.is_functorch_wrapped_tensor(output):
-            return
-        inputs = inputs.detach()
+    def called(
+        self, places: Mapping[str, int], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        """Waits for the gradient at an output; returns another output that is to be in its place, or None."""
+        outputs = tensors(output)
+        if not torch.is_grad_enabled() or not any(z.requires_grad for z in outputs):
+            return None
+        if any(torch._C._functorch.is_functorch_wrapped_tensor(z) for z in outputs):
+            return None
+        own = weights(module)
+        places = {name: place for name, place in places.items() if own[name] is self.layers[place].weight}
+        if not places:
+            return None
+        if not fused(module):
+            if isinstance(output, Tensor):
+                self._plain(places["weight"], args[0] if args else kwargs["input"], output)
+        elif draws(module) or isinstance(module, nn.RNNCellBase):
+            return self._unfused(places, module, own, args, kwargs, output)
+        else:
+            self._await(places, outputs, Rerun(module, own, args, kwargs).cotangents)
+        return None
+
+    def _plain(self, place: int, inputs: Tensor, output: Tensor) -> None:
+        """Of a module that makes one product."""
+        layer, inputs = self.layers[place], inputs.detach()
         total = _sum(output.detach(), layer) if layer in self._outputs else None
 
         def arrived(cotangent: Tensor) -> None:
+            g = cotangent.detach()
+            a, g = (inputs.unsqueeze(0), g.unsqueeze(0)) if inputs.dim() < layer.weight.dim() else (inputs, g)
             if self.listening:
-                self._record(place, inputs, cotangent.detach(), total)
+                self._record([place], lambda place, number: [Call(a, g, number, total)])
 
         output.register_hook(arrived)
 
-    def _record(self, place: int, inputs: Tensor, cotangent: Tensor, total: Tensor | None) -> None:
-        found, weight = self._calls.setdefault(place, []), self.layers[place].weight
+    def _unfused(
+        self, places: Mapping[str, int], module: nn.Module, own: Weights, args: Any, kwargs: Any, output: Any
+    ) -> Any:
+        """What is to be in the place of the output, made by products whose cotangents arrive in the same pass."""
+        known = _UNFUSED.get(tensors(output)[0])
+        if known is not None:  # by the hook of another optimiser
+            self._await(places, *known)
+            return None
+        made, products = results(module, own, args, kwargs, draws(module))
+        at, found = wanted(products)
+        self._await(places, at, found)
+        rest = iter(made)
+        output = with_tensors(output, lambda z: next(rest).to(z.dtype))
+        _UNFUSED[tensors(output)[0]] = at, found
+        return output
+
+    def _await(
+        self, places: Mapping[str, int], at: Sequence[Tensor], found: Callable[[Sequence[Tensor | None]], list[Found]]
+    ) -> None:
+        """Of a module whose products are ``found`` of the gradients at some tensors, when they are asked for."""
+        count, names, serial = len(at), {place: name for name, place in places.items()}, next(self._serial)
+        newest: list[Any] = [None, lambda: None]
+
+        def record(task: int) -> _Arrived:
+            arrived = _Arrived([None] * count, found)
+            newest[:] = task, weakref.ref(arrived)
+            self._record(names, lambda place, number: self._made(place, names[place], arrived, number, serial))
+            return arrived
+
+        def awaited(k: int) -> Callable[[Tensor | None], None]:
+            def arrive(cotangent: Tensor | None) -> None:
+                if cotangent is not None and self.listening:
+                    task = torch._C._current_graph_task_id()
+                    arrived = newest[1]() if newest[0] == task else None
+                    (arrived or record(task)).cotangents[k] = cotangent.detach()
+
+            return arrive
+
+        for k, z in enumerate(at):
+            if z.requires_grad:
+                z.register_hook(awaited(k))
+
+    def _made(self, place: int, name: str, arrived: _Arrived, number: int, serial: int) -> list[Call]:
+        """The calls that belong to one weight."""
+        calls, layer = [], self.layers[place]
+        for product, cotangent in arrived.found:
+            if product.name == name:
+                runs = list(product.calls(cotangent, len(layer.weight)))
+                packed = serial if len(runs) > 1 else None
+                for a, g in runs:
+                    total = product.total(a, *layer.parameters) if layer in self._outputs else None
+                    calls.append(Call(a, g, number, total, packed))
+        return calls
+
+    def _record(self, places: Iterable[int], later: _Later) -> None:
+        """Keeps what the calls of one call of a module will be made of."""
         current = torch._C._current_graph_task_id()
-        if current != self._passes.get(place):
-            self._passes[place] = current
-            if weight.grad is None:
-                found.clear()
-            number = found[-1].number + 1 if found else 0
-        else:
-            number = found[-1].number
-        if inputs.dim() < weight.dim():
-            inputs, cotangent = inputs.unsqueeze(0), cotangent.unsqueeze(0)
-        found.append(Call(inputs, cotangent, number, total))
+        for place in places:
+            found = self._calls.setdefault(place, [])
+            if current != self._passes.get(place):
+                self._passes[place] = current
+                if self.layers[place].weight.grad is None:
+                    found.clear()
+                number = found[-1][0] + 1 if found else 0
+            else:
+                number = found[-1][0]
+            found.append((number, later))
+
+
+class _Calls(Mapping[Layer, list[Call]]):
+    """The calls of layers, each made when it is asked for, once."""
+
+    def __init__(self, later: Mapping[Layer, tuple[int, list[tuple[int, _Later]]]]) -> None:
+        self._later, self._made = later, dict[Layer, list[Call]]()
+
+    def __getitem__(self, layer: Layer) -> list[Call]:
+        if layer not in self._made:
+            place, found = self._later[layer]
+            self._made[layer] = [call for number, made in found for call in made(place, number)]
+        return self._made[layer]
+
+    def __iter__(self) -> Iterator[Layer]:
+        return iter(self._later)
+
+    def __len__(self) -> int:
+        return len(self._later)
+
+
+class _Arrived:
+    """What a backward pass has brought to the tensors that it was awaited at."""
+
+    def __init__(
+        self, cotangents: list[Tensor | None], found: Callable[[Sequence[Tensor | None]], list[Found]]
+    ) -> None:
+        self.cotangents, self._found = cotangents, found
+
+    @cached_property
+    def found(self) -> list[Found]:
+        """The products and their cotangents."""
+        return self._found(self.cotangents)
 
 
 class _Tap:
     """What a module calls after its forward pass. That of a copied or stored module says nothing to anyone."""
 
-    def __init__(self, capture: Callable[[], Capture | None] = lambda: None, place: int = 0) -> None:
-        self.capture, self.place = capture, place
+    def __init__(self, capture: Callable[[], Capture | None] = lambda: None, places: Mapping[str, int] = {}) -> None:
+        self.capture, self.places = capture, places
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if torch.compiler.is_compiling():
-            return
+            return None
         capture = self.capture()
-        if capture is not None and capture.listening:
-            capture.called(self.place, module, args[0] if args else kwargs["input"], output)
+        if capture is None or not capture.listening:
+            return None
+        return capture.called(self.places, module, args, kwargs, output)
 
     def __reduce__(self) -> tuple[type[_Tap], tuple[()]]:
         return _Tap, ()
@@ -154,6 +282,9 @@ def obstacle(layer: Layer) -> str | None:
     module = layer.module
     if layer.kind not in (Kind.MATRIX, Kind.KERNELS):
         return ""
+    known = fused(module)
+    if known is not None:
+        return None if known else "its class has a forward pass of its own"
     if isinstance(module, nn.Linear):
         return None if type(module).forward is nn.Linear.forward else "its class has a forward pass of its own"
     if isinstance(module, nn.Conv1d | nn.Conv2d):

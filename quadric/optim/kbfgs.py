@@ -63,7 +63,7 @@ class QuasiNewton:
         other.reason = UNCALLED if reason is None else reason
         if reason is not None:
             return other
-        kind = KroneckerPairs if isinstance(layer.module, nn.Linear) else KroneckerPairsPatches
+        kind = KroneckerPairsPatches if isinstance(layer.module, nn.Conv1d | nn.Conv2d) else KroneckerPairs
         block = kind(layer, self)
         block.otherwise = other
         return block

@@ -2,14 +2,15 @@
 
 The gradient of a linear layer for one example is g a', with its inputs a and the gradient g at its outputs. Its Fisher
 matrix, the mean of the (a a') x (g g'), is taken as A x G, with A and G the means of the two factors. Convolutions have
-the patches under their kernels for inputs (KFC: Grosse and Martens, 2016). Layers without calls that show a and g,
-such as recurrent ones of torch, have mini-blocks.
+the patches under their kernels for inputs (KFC: Grosse and Martens, 2016). Recurrent layers have those of all steps,
+taken for independent as in the simplest model of Martens, Ba and Johnson (2018), attention those of its projections.
+Layers without calls that show a and g have mini-blocks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -61,7 +62,8 @@ class KroneckerFactors:
         other.reason = UNCALLED if reason is None else reason
         if reason is not None:
             return other
-        block = Kronecker(layer, self) if isinstance(layer.module, nn.Linear) else KroneckerPatches(layer, self)
+        convolution = isinstance(layer.module, nn.Conv1d | nn.Conv2d)
+        block = KroneckerPatches(layer, self) if convolution else Kronecker(layer, self)
         block.otherwise = other
         return block
 
@@ -136,7 +138,7 @@ class Kronecker(Block):
             torch._foreach_mul_([A, G], keep)
             return
         n = self.options.every
-        calls = [Call(call.inputs[::n], call.cotangent[::n], call.number) for call in seen.calls]
+        calls = [replace(call, inputs=call.inputs[::n], cotangent=call.cotangent[::n]) for call in seen.calls]
         taken = examples(calls)
         of_G = share * seen.examples * examples(seen.calls) / taken
         if self.options.sharing == "reduce":
@@ -182,7 +184,9 @@ class Kronecker(Block):
         pairs = []
         for own in passes(self.layer, calls, "give sharing='expand'"):
             sums, totals = zip(*(self._sums(call, dtype) for call in own), strict=True)
-            positions = sum(call.cotangent[0].numel() for call in own) / self.outputs
+            positions = torch.zeros(len(sums[0]), 1, dtype=dtype, device=sums[0].device)
+            for call in own:
+                positions[: len(call.inputs) - call.filled] += call.cotangent[0].numel() / self.outputs
             pairs.append((torch.stack(sums).sum(0) / positions, torch.stack(totals).sum(0)))
         return pairs
 

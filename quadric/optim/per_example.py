@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from quadric.optim.blocks import Call
 from quadric.optim.convolution import Patches, chunks
@@ -15,11 +17,15 @@ from quadric.optim.layers import Layer
 def passes(layer: Layer, calls: Sequence[Call], remedy: str) -> list[list[Call]]:
     """The calls of each backward pass, which are of the same examples.
 
+    Calls of a packed sequence are filled up with zeros to all of its examples.
+
     Raises:
         ValueError: they are not; ``remedy`` says what to do.
     """
     found = [[call for call in calls if call.number == number] for number in dict.fromkeys(c.number for c in calls)]
     for own in found:
+        if len({call.packed for call in own}) == 1 and own[0].packed is not None:
+            own[:] = [_filled(call, max(len(other.inputs) for other in own)) for call in own]
         sizes = [len(call.inputs) for call in own]
         if len(set(sizes)) > 1:
             raise ValueError(
@@ -27,6 +33,11 @@ def passes(layer: Layer, calls: Sequence[Call], remedy: str) -> list[list[Call]]
                 f"all: {remedy}"
             )
     return found
+
+
+def _filled(call: Call, size: int) -> Call:
+    a, g = (functional.pad(x, (0, 0) * (x.dim() - 1) + (0, size - len(x))) for x in (call.inputs, call.cotangent))
+    return replace(call, inputs=a, cotangent=g, filled=size - len(call.inputs))
 
 
 def factors_of_examples(

@@ -297,9 +297,13 @@ def test_the_closure_is_called_again_when_statistics_are_due() -> None:
 
 
 def test_what_has_no_factors_has_mini_blocks() -> None:
-    module = nn.ModuleList([nn.LSTM(2, 3), nn.Conv2d(2, 2, 3, groups=2), nn.Conv2d(2, 2, 1), nn.LayerNorm(2)])
+    class Own(nn.LSTM):
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(x)[0]
+
+    module = nn.ModuleList([Own(2, 3), nn.Conv2d(2, 2, 3, groups=2), nn.Conv2d(2, 2, 1), nn.LayerNorm(2)])
     found = {layer.parameters[0]: (layer.block, layer.why) for layer in kbfgs(module).coverage}
-    assert found["0.weight_ih_l0"] == ("Averaged", "LSTM: a matrix; its products are made inside of the module")
+    assert found["0.weight_ih_l0"] == ("Averaged", "Own: a matrix; its class has a forward pass of its own")
     assert found["1.weight"] == ("Kernels", "Conv2d: kernels; its channels are in groups")
     assert found["2.weight"] == ("KroneckerPairsPatches", "Conv2d: a matrix")
     assert found["3.weight"][0] == "Entries"
