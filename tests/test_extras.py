@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,3 +31,13 @@ def test_lattices_without_numba() -> None:
     sentence = "lattices, the losses over them and quadric.speech need numba: pip install 'quadric[lattice]'"
     assert ended.stdout.splitlines() == [sentence] * 3, ended.stderr
     assert (ended.returncode, ended.stderr) == (1, "quadric: numba is not installed: pip install 'quadric[speech]'\n")
+
+
+def test_extras_that_sentences_name_are_there() -> None:
+    root = Path(__file__).resolve().parents[1]
+    declared = (root / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1].split("\n[")[0]
+    extras = set(re.findall(r"^(\w+) = \[", declared, re.MULTILINE))
+    named = {
+        name for file in (root / "quadric").rglob("*.py") for name in re.findall(r"quadric\[(\w+)\]", file.read_text())
+    }
+    assert {"images", "lattice", "speech"} <= named <= extras

@@ -57,7 +57,8 @@ def read_cifar10(
     try:
         from PIL import Image
     except ModuleNotFoundError as missing:
-        raise ModuleNotFoundError("images in JPEG need Pillow: pip install pillow", name=missing.name) from missing
+        remedy = "images in JPEG need Pillow: pip install 'quadric[images]'"
+        raise ModuleNotFoundError(remedy, name=missing.name) from missing
     names = [f"{split}_{part}" for part in ("bytes", "lengths", "labels")]
     header, body, lengths, labels = read_arrays(path, "header", *names)
     ends = np.cumsum(lengths, dtype=np.int64)

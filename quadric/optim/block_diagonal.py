@@ -11,79 +11,28 @@ import logging
 import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quadric.comm.communicator import Communicator, Solo
-from quadric.objective.memory import free
 from quadric.objective.objective import Objective
-from quadric.optim.blocks import Block, Call, SecondLook, Seen, called_anywhere, deal, mean_over_ranks, statistics_type
-from quadric.optim.capture import Capture, examples
-from quadric.optim.checks import check_parameter, check_rates
+from quadric.optim.blocks import Block, Call, SecondLook, Seen, sound, squarable, statistics_type
+from quadric.optim.capture import Capture
+from quadric.optim.checks import check_parameter, check_rates, loss_of
+from quadric.optim.coverage import Coverage, check_memory, check_present, coverage_of
 from quadric.optim.damping import Damping, Fixed
 from quadric.optim.fisher import Fisher, check_closure, check_fisher, drawn
 from quadric.optim.layers import Gradient, Layer, find_layers
 from quadric.optim.length import Length, UnitEntries
+from quadric.optim.loss_scale import LossScale, scale_of_calls, unscale_
+from quadric.optim.ranks import mean_over_ranks, refresh, tally
+from quadric.optim.schedule import Schedule
 from quadric.optim.second_pass import SecondPass, compare, look
 from quadric.options import check_whole
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """Which block a layer has got, and why.
-
-    Attributes:
-        parameters: their names.
-        block: the kind of the block.
-        matrices: how many of what size.
-        why: what the layer is, and where the block is not of the method's first choice, the reason.
-        bytes: of statistics and inverses.
-    """
-
-    parameters: tuple[str, ...]
-    block: str
-    matrices: str
-    why: str
-    bytes: int
-
-    def __str__(self) -> str:
-        return f"{', '.join(self.parameters)}: {self.block}, {self.matrices} ({self.why})"
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """When statistics and inverses are made.
-
-    Attributes:
-        statistics: every so many steps (the papers' T1).
-        inverses: every so many steps (T2); before that many, after 1, 2, 4, ... steps as well.
-        decay: of the moving average of the statistics; as long as they are few, all count the same.
-    """
-
-    statistics: int = 1
-    inverses: int = 20
-    decay: float = 0.9
-
-    def __post_init__(self) -> None:
-        check_whole(statistics=self.statistics, inverses=self.inverses)
-        for name in ("statistics", "inverses"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: give a number of steps, 1 at least")
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"decay={self.decay}: must be at least 0 and less than 1; the papers have 0.9")
-
-    def refreshes(self, step: int) -> bool:
-        """Whether inverses are made in step number ``step``, from 0."""
-        return step % self.inverses == 0 or (step < self.inverses and step & (step - 1) == 0)
-
-    def share(self, observed: int) -> float:
-        """Of the newest statistics in the average, after ``observed`` others."""
-        return max(1 - self.decay, 1 / (observed + 1))
 
 
 class BlockDiagonal(torch.optim.Optimizer):
@@ -92,8 +41,13 @@ class BlockDiagonal(torch.optim.Optimizer):
     m <- momentum m + g, and then theta <- (1 - lr weight_decay) theta - lr c P m, with c of the rule of lengths. Used
     like any first-order optimiser of torch: after ``backward()``, or with a closure.
 
-    Where the gradient is not finite the step is skipped and counted, in the first group's ``skipped``. A layer whose
-    gradient first comes when no statistics are due follows its momentum until they are.
+    Where the gradient, the new statistics or the new inverses are not finite, or a gradient is too large to be squared,
+    the step is skipped and counted, in the first group's ``skipped``. Statistics that have overflown begin anew.
+
+    A layer that has no statistics yet follows its momentum: its gradient has first come when none are due, or its
+    block wants calls of its module, and the forward pass was before the optimiser was made. A second gradient without
+    calls, of a step between which and the first the hooks were there, says that the module is not called: another block
+    takes the place of the layer's own.
 
     Args:
         model: whose layers these are.
@@ -111,7 +65,12 @@ class BlockDiagonal(torch.optim.Optimizer):
         patience: steps skipped in a row after which there is an error.
         communicator: of ranks that hold the same model and give it the same gradients, as DistributedDataParallel and
             an `Objective` do: each makes a part of the inverses, dealt out by cost, and has the others' from them.
-            Statistics of calls are the means of the ranks'.
+            Statistics of calls are those of all ranks' calls; ranks that hold parts of a batch have the same as one
+            that holds it all, by an `Objective`, and by means over the ranks of means over parts of one size.
+        loss_scale: what the loss is multiplied by before ``backward()`` where gradients are divided by it before a
+            step, as ``scaler.get_scale``: calls are recorded between the two. `torch.amp.GradScaler.step` tells it
+            itself, if its ``unscale_`` has not been called before. It is not for a loss divided by the number of
+            backward passes whose gradients are accumulated, which makes the mean over the examples of all.
 
     Attributes:
         coverage: which block each parameter has got, and why.
@@ -119,6 +78,8 @@ class BlockDiagonal(torch.optim.Optimizer):
     Raises:
         ValueError: an option out of range; a parameter that is not the model's, or complex, or sharded.
     """
+
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -135,6 +96,7 @@ class BlockDiagonal(torch.optim.Optimizer):
         fisher: Fisher = "empirical",
         patience: int = 10,
         communicator: Communicator = Solo(),
+        loss_scale: LossScale | None = None,
     ) -> None:
         check_rates(lr=lr, momentum=momentum, weight_decay=weight_decay)
         self.rule = damping if isinstance(damping, Damping) else Fixed(damping)
@@ -144,7 +106,7 @@ class BlockDiagonal(torch.optim.Optimizer):
         if patience < 1:
             raise ValueError(f"patience={patience}: give a number of steps, 1 at least")
         self.model, self.block, self.schedule, self.length, self.patience = model, block, schedule, length, patience
-        self.communicator, self.fisher = communicator, check_fisher(fisher)
+        self.communicator, self.fisher, self.loss_scale = communicator, check_fisher(fisher), loss_scale
         self._blocks: list[Block] = []
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__([p for p in model.parameters() if p.requires_grad] if params is None else params, defaults)
@@ -153,8 +115,8 @@ class BlockDiagonal(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy needs: the parts beside what torch keeps."""
-        names = ("model", "block", "schedule", "length", "patience", "rule", "communicator", "fisher", "_blocks")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
+        names = ("model", "block", "schedule", "length", "patience", "rule", "communicator", "fisher", "loss_scale")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in (*names, "_blocks")}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -189,7 +151,10 @@ class BlockDiagonal(torch.optim.Optimizer):
         self._blocks = [known[layer.parameters] if layer.parameters in known else self.block(layer) for layer in layers]
         for parameters in known.keys() - {layer.parameters for layer in layers}:
             self.state.pop(parameters[0], None)  # the layer has another parameter now, and begins anew
-        self._check_memory([block for block in self._blocks if block.layer.parameters not in known])
+        check_memory([block for block in self._blocks if block.layer.parameters not in known], self.communicator)
+        if hasattr(self, "_capture"):
+            self._capture.close()
+            self._listen()
 
     @property
     def wants_closure(self) -> bool:
@@ -198,18 +163,7 @@ class BlockDiagonal(torch.optim.Optimizer):
 
     @property
     def coverage(self) -> tuple[Coverage, ...]:
-        names = {id(p): name for name, p in self.model.named_parameters()}
-        return tuple(
-            Coverage(
-                tuple(names[id(p)] for p in block.layer.parameters),
-                type(block).__name__,
-                block.shape,
-                f"{type(block.layer.module).__name__}: {block.layer.kind.value}"
-                + (f"; {block.reason}" if block.reason else ""),
-                _bytes(block),
-            )
-            for block in self._serving
-        )
+        return coverage_of(self.model, self._serving)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -217,10 +171,15 @@ class BlockDiagonal(torch.optim.Optimizer):
 
         Raises:
             ValueError: no parameter has a gradient, or one is sparse; there is no closure where one is wanted, or no
-                `Objective` where the Fisher matrix is "sampled".
-            FloatingPointError: too many steps in a row had a gradient that is not finite.
+                `Objective` where the Fisher matrix is "sampled", or no loss where damping follows it; the scale of the
+                loss is not known.
+            FloatingPointError: too many steps in a row were skipped.
         """
         check_closure(self.fisher, closure)
+        scale = unscale_(self, closure, self.loss_scale)
+        if not scale:  # and the scaler lowers it
+            self._capture.clear()
+            return None
         value = second_pass = None
         if closure is not None:
             second_pass = SecondPass(self.model, closure) if self.wants_closure else None
@@ -230,31 +189,52 @@ class BlockDiagonal(torch.optim.Optimizer):
             raise ValueError(f"damping={self.rule}: it follows the loss after a step; call step(closure)")
         elif self.wants_closure:
             raise ValueError("step() without a closure: pairs are of a second pass after the step; call step(closure)")
+        if not isinstance(self.rule, Fixed):
+            loss_of(value)
         calls, shown = self._capture.take(), self._shown()
         if self._finite(shown):
-            counts = self.param_groups[0]
-            refreshes = self.schedule.refreshes(counts["step"])
-            due, share = self._due(), self.schedule.share(counts["observed"])
-            if due and not self._observe(shown, calls, share, closure):
-                return value
-            before = look(shown, calls, self.communicator) if due else {}
-            calls = {}  # before those of another pass
-            self._refresh(shown, every=refreshes)
-            foreseen = self._move(shown)
-            after = None
-            if before and second_pass is not None:
-                with self._capture.recording():
-                    after = second_pass()
-                    compare(before, self._capture.take(), self.state, share, counts["damping"], self.communicator)
-            if refreshes and second_pass is not None and not isinstance(self.rule, Fixed):
-                self._adapt(value, second_pass() if after is None else after, foreseen)
-                self._capture.clear()
-            counts.update(step=counts["step"] + 1, skipped_in_a_row=0)
+            self._advance(value, shown, calls, self._of_calls(closure, scale), closure, second_pass)
         return value
+
+    def _of_calls(self, closure: Callable[[], Any] | None, scale: float) -> float:
+        """`Seen.scale`, where there are calls to be seen."""
+        wanted = self._due() and self._capture.layers
+        return scale_of_calls(closure, scale, self.communicator.size) if wanted else 1.0
+
+    def _advance(
+        self,
+        value: Any,
+        shown: list[tuple[Block, Gradient]],
+        calls: Mapping[Layer, Sequence[Call]],
+        scale: float,
+        closure: Callable[[], Any] | None,
+        second_pass: SecondPass | None,
+    ) -> None:
+        """The step by the gradients that are ``shown``."""
+        counts = self.param_groups[0]
+        refreshes = self.schedule.refreshes(counts["step"])
+        due, share = self._due(), self.schedule.share(counts["observed"])
+        if due and not self._observe(shown, calls, share, scale, closure):
+            return
+        before = look(shown, calls, scale, self.communicator) if due else {}
+        calls = {}  # before those of another pass
+        if not self._refresh(shown, every=refreshes):
+            return
+        foreseen = self._move(shown)
+        after = None
+        if before and second_pass is not None:
+            with self._capture.recording():
+                after = second_pass()
+                found = self._capture.take()
+                compare(before, found, self.state, share, counts["damping"], scale, self.communicator)
+        if refreshes and second_pass is not None and not isinstance(self.rule, Fixed):
+            self._adapt(value, second_pass() if after is None else after, foreseen)
+            self._capture.clear()
+        counts.update(step=counts["step"] + 1, skipped_in_a_row=0)
 
     def _adapt(self, before: Any, after: Any, foreseen: float) -> None:
         """The next damping, by what the loss is after the step, on the same data."""
-        change = float(after) - float(before)
+        change = loss_of(after) - loss_of(before)
         self.param_groups[0]["damping"] = self.rule.update(
             self.param_groups[0]["damping"], change / foreseen if foreseen < 0 else math.nan
         )
@@ -272,12 +252,14 @@ class BlockDiagonal(torch.optim.Optimizer):
                 "observe() in a step when no statistics are due: calls of modules are not recorded then; call it "
                 "before the first step, or set statistics=1 in the schedule"
             )
+        scale = unscale_(self, closure, self.loss_scale)
         if closure is not None:
             with torch.enable_grad():
                 closure()
         calls, shown = self._capture.take(), self._shown()
-        if self._finite(shown):
-            self._observe(shown, calls, 1 / (self.param_groups[0]["observed"] + 1), closure)
+        share = 1 / (self.param_groups[0]["observed"] + 1)
+        if self._finite(shown) and self._observe(shown, calls, share, self._of_calls(closure, scale), closure):
+            self.param_groups[0]["skipped_in_a_row"] = 0
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
@@ -302,19 +284,26 @@ class BlockDiagonal(torch.optim.Optimizer):
         return shown
 
     def _finite(self, shown: Sequence[tuple[Block, Gradient]]) -> bool:
-        """Whether all gradients are; counts it if not."""
-        norms = torch._foreach_norm([g for _, gradient in shown for g in gradient])
-        if bool(torch.stack([norm.float() for norm in norms]).isfinite().all()):
+        """Whether all gradients are, and their squares; counts it if not."""
+        if squarable([g for _, gradient in shown for g in gradient]):
             return True
+        bad = [(block, gradient) for block, gradient in shown if not squarable(gradient)]
+        infinite = [block for block, gradient in bad if not all(bool(g.isfinite().all()) for g in gradient)]
+        if infinite:
+            return self._skip("the gradient", infinite)
+        return self._skip("the square of the gradient", [block for block, _ in bad])
+
+    def _skip(self, what: str, blocks: Sequence[Block]) -> bool:
+        """Counts a step that is not taken, and says why; False."""
         counts = self.param_groups[0]
         counts["skipped"] += 1
         counts["skipped_in_a_row"] += 1
-        bad = [block.layer.name for block, gradient in shown if not all(bool(g.isfinite().all()) for g in gradient)]
-        logger.warning("step skipped: the gradient of %s is not finite", ", ".join(bad[:3]))
+        what += f" of {', '.join([block.layer.name for block in blocks][:3])}"
+        logger.warning("step skipped: %s is not finite", what)
         if counts["skipped_in_a_row"] >= self.patience:
             raise FloatingPointError(
-                f"the gradient of {', '.join(bad[:3])} was not finite in {self.patience} steps in a row: lower lr, or "
-                "look for NaN and infinity in the parameters and the data; patience sets this number"
+                f"{what} was not finite in {self.patience} steps in a row: lower lr, or look for NaN and infinity in "
+                "the parameters and the data; patience sets this number"
             )
         return False
 
@@ -323,26 +312,43 @@ class BlockDiagonal(torch.optim.Optimizer):
         shown: list[tuple[Block, Gradient]],
         calls: Mapping[Layer, Sequence[Call]],
         share: float,
+        scale: float,
         closure: Callable[[], Any] | None,
     ) -> bool:
-        """Moves the statistics, unless what is drawn for them is not finite; whether it does."""
+        """Moves the statistics, unless what is drawn for them is not finite; whether they are."""
         counts, blocks, gradients = self.param_groups[0], [block for block, _ in shown], [own for _, own in shown]
         if self.fisher == "sampled" and isinstance(closure, Objective):
             gradients = drawn(closure, counts["observed"], [block.layer for block in blocks])
             calls = self._capture.take()
             if not self._finite(list(zip(blocks, gradients, strict=True))):
                 return False
-        called = called_anywhere([block.layer for block in blocks], calls, self.communicator)
-        for place, (block, gradient, heard) in enumerate(zip(blocks, gradients, called, strict=True)):
+        tallies = tally([block.layer for block in blocks], calls, self.communicator)
+        for place, (block, gradient, heard) in enumerate(zip(blocks, gradients, tallies, strict=True)):
             numbers, found, own = self.state[block.layer.weight], calls.get(block.layer, ()), shown[place][1]
-            if heard or not block.wants_calls:
-                block.observe(numbers, Seen(gradient, found, examples(found)), share)
+            if heard.calls or not block.wants_calls:
+                seen = Seen(gradient, found, heard.examples, heard.positions, scale)
+                numbers.pop("unheard", None)
+                block.observe(numbers, seen, share if self._has(block, "statistics_") else 1.0)
                 if block.wants_calls:
                     mean_over_ranks(numbers, self.communicator)
             elif any(bool(g.any()) for g in (*gradient, *own)):
-                shown[place] = (self._replaced(block, gradient), own)
-        counts.update(observed=counts["observed"] + 1, skipped_in_a_row=0)
+                if "unheard" in numbers:
+                    shown[place] = (self._replaced(block, gradient), own)
+                else:
+                    numbers["unheard"] = torch.tensor(True)
+        if not sound([self.state[block.layer.weight] for block in blocks]):
+            return self._begun_anew(blocks)
+        counts["observed"] += 1
         return True
+
+    def _begun_anew(self, blocks: Sequence[Block]) -> bool:
+        """Drops statistics that are not finite, before an inverse is made of them; False."""
+        bad = [block for block in blocks if not sound([self.state[block.layer.weight]])]
+        for block in bad:
+            numbers = self.state[block.layer.weight]
+            for name in [name for name in numbers if name.startswith("statistics_")]:
+                del numbers[name]
+        return self._skip("the curvature", bad)
 
     def _replaced(self, block: Block, gradient: Gradient) -> Block:
         """What takes the place of the block of a layer whose module was not called, though it has a gradient."""
@@ -353,26 +359,21 @@ class BlockDiagonal(torch.optim.Optimizer):
             del numbers[name]
         numbers["uncalled"] = torch.tensor(True)
         block.otherwise.observe(numbers, Seen(gradient), 1.0)
-        block.otherwise.refresh(numbers, self.param_groups[0]["damping"])
         self._capture.close()
         self._listen()
         return block.otherwise
 
-    def _refresh(self, shown: Sequence[tuple[Block, Gradient]], *, every: bool) -> None:
-        """Makes the inverses of all blocks, or of those among ``shown`` that have statistics and none yet."""
+    def _refresh(self, shown: Sequence[tuple[Block, Gradient]], *, every: bool) -> bool:
+        """Makes the inverses of all blocks, or of those among ``shown`` that have statistics and none yet.
+
+        Whether they are finite; counts it if not.
+        """
         if every:
-            self._check_model()
-        ranks, damping = self.communicator, self.param_groups[0]["damping"]
+            check_present(self.model, self._blocks)
         candidates = self._serving if every else [block for block, _ in shown if not self._has(block, "inverse_")]
         observed = [block for block in candidates if self._has(block, "statistics_")]
-        owners = deal([block.work for block in observed], ranks.size)
-        for block, owner in zip(observed, owners, strict=True):
-            if owner == ranks.rank:
-                block.refresh(self.state[block.layer.weight], damping)
-        if ranks.size > 1:
-            for block, owner in zip(observed, owners, strict=True):
-                for inverse in block.inverses(self.state[block.layer.weight]):
-                    ranks.broadcast_(inverse, owner)
+        bad = refresh(observed, self.state, self.param_groups[0]["damping"], self.communicator)
+        return not bad or self._skip("the inverse", bad)
 
     def _move(self, shown: Sequence[tuple[Block, Gradient]]) -> float:
         """Takes the step d; returns what is foreseen of it where damping adapts: g'd + d'(S + lambda) d / 2.
@@ -411,28 +412,6 @@ class BlockDiagonal(torch.optim.Optimizer):
             state["momentum"] = torch.zeros_like(p, dtype=statistics_type(p), memory_format=torch.contiguous_format)
         return state["momentum"].mul_(group["momentum"]).add_(g)
 
-    def _check_memory(self, new: Sequence[Block]) -> None:
-        largest = max(new, key=_bytes, default=None)
-        if largest is None:
-            return
-        needed, left = sum(map(_bytes, new)), free(largest.layer.weight.device, self.communicator.size)
-        if needed > left:
-            raise ValueError(
-                f"the blocks take {needed / 2**30:.1f} GiB, {left / 2**30:.1f} GiB are free; {largest.layer.name} "
-                f"alone takes {_bytes(largest) / 2**30:.1f} for {largest.shape}: choose averaged blocks or a smaller "
-                "largest=, or leave it out of params"
-            )
-
-    def _check_model(self) -> None:
-        present = {id(p) for p in self.model.parameters()}
-        for block in self._blocks:
-            for p in block.layer.parameters:
-                if id(p) not in present:
-                    raise ValueError(
-                        f"{block.layer.name} is no longer a parameter of the model: build the optimiser anew after "
-                        "changing a model"
-                    )
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As every optimiser's, but statistics keep their type: torch would round them to the parameters'."""
         super().load_state_dict(state_dict)
@@ -442,7 +421,3 @@ class BlockDiagonal(torch.optim.Optimizer):
             for name, value in state_dict["state"].get(place, {}).items():
                 if isinstance(value, Tensor):
                     self.state[p][name] = value.detach().to(p.device, copy=True)
-
-
-def _bytes(block: Block) -> int:
-    return block.elements * statistics_type(block.layer.weight).itemsize

@@ -14,12 +14,13 @@ from quadric.linalg.operator import LinearOperator
 from quadric.linalg.pairs import Pair
 from quadric.linalg.solver import ChangingInverse
 from quadric.objective.objective import Data, Objective
-from quadric.optim.blocks import Block, Numbers, Seen, mean_over_ranks
-from quadric.optim.capture import Capture
+from quadric.optim.blocks import Block, Numbers, Seen
+from quadric.optim.capture import Capture, examples
 from quadric.optim.descent import LocalModel
 from quadric.optim.kfac import KroneckerFactors
 from quadric.optim.layers import Layer, find_layers, gradients_kept
 from quadric.optim.precondition import Preconditioner
+from quadric.optim.ranks import mean_over_ranks
 from quadric.space import ParameterSpace
 
 
@@ -95,7 +96,9 @@ class BlockCurvature(Preconditioner):
                         if block.wants_calls and not found and block.otherwise is not None:
                             blocks[place] = block = block.otherwise
                         scaled = [g * math.sqrt(scale * count) for g in block.layer.gradient]
-                        block.observe(numbers[place], Seen(scaled, found, round(scale * count)), 1 / (seen + 1))
+                        n = examples(found)
+                        shown = Seen(scaled, found, n, scale=math.sqrt(n / (scale * count)))
+                        block.observe(numbers[place], shown, 1 / (seen + 1))
                     for p in parameters:
                         p.grad = None
         finally:

@@ -6,14 +6,14 @@ the optimiser keeps in its state, so that a checkpoint has them and a copy goes 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from quadric.comm.communicator import Communicator
 from quadric.optim.layers import Gradient, Layer
 
 Numbers = dict[str, Tensor]
@@ -46,17 +46,28 @@ class Call:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a step shows of a layer.
+    """What a step shows of a layer; of several ranks each has its own calls, and the mean of their statistics counts.
 
     Attributes:
         gradient: of the mean loss.
         calls: of its module; empty unless a block asks for them.
-        examples: how many the mean is over.
+        examples: how many the mean is over; on several ranks, over their number.
+        positions: of all calls, which linear maps have been applied at; on several ranks, over their number. None:
+            those of ``calls``.
+        scale: of the cotangents c: the sum of the c a' of inputs a, on several ranks the mean of theirs, is the
+            gradient times this.
     """
 
     gradient: Gradient
     calls: Sequence[Call] = ()
-    examples: int = 1
+    examples: float = 1
+    positions: float | None = None
+    scale: float = 1.0
+
+    @property
+    def squares(self) -> float:
+        """What sums of squares of the cotangents are multiplied by, to be means of those of single examples."""
+        return self.examples / self.scale**2
 
 
 class Block(ABC):
@@ -146,6 +157,20 @@ def statistics_type(like: Tensor) -> torch.dtype:
     return torch.promote_types(like.dtype, torch.float32)
 
 
+def squarable(gradient: Gradient) -> bool:
+    """Whether the sum of squares of each tensor is finite, in the type that statistics are kept in."""
+    norms = torch.stack([norm.double() for norm in torch._foreach_norm(list(gradient))])
+    limits = [math.sqrt(torch.finfo(statistics_type(g)).max) / 4 for g in gradient]
+    return bool((norms < norms.new_tensor(limits)).all())
+
+
+def sound(numbers: Sequence[Numbers]) -> bool:
+    """Whether the traces of all statistics are finite; they are positive semi-definite, and so is then all of them."""
+    matrices = [x for own in numbers for name, x in own.items() if name.startswith("statistics_")]
+    traces = [S.diagonal(dim1=-2, dim2=-1).sum().double() for S in matrices]
+    return not traces or bool(torch.stack(traces).isfinite().all())
+
+
 def inverse(matrices: Tensor, damping: Tensor) -> Tensor:
     """(S + damping I)^-1 of symmetric positive semi-definite matrices ``[..., n, n]``, of which the lower half is read.
 
@@ -195,39 +220,11 @@ def started(numbers: Numbers, name: str, shape: Sequence[int], like: Tensor) -> 
     return numbers[name]
 
 
+def positions(calls: Sequence[Call], layer: Layer) -> int:
+    """At how many positions of how many examples a layer's linear map has been applied."""
+    return sum(call.cotangent.numel() for call in calls) // len(layer.weight)
+
+
 def shift_of(damping: float, mean: Tensor) -> Tensor:
     """What is added to the diagonal: a share of its mean; of no curvature, the share itself."""
     return torch.where(mean > 0, mean, torch.ones_like(mean)) * damping
-
-
-def deal(work: Sequence[float], ranks: int) -> list[int]:
-    """The rank of each piece of work: the dearest first, each to who has least so far (Graham, 1969).
-
-    >>> deal([5.0, 4.0, 3.0, 3.0, 3.0], 2)
-    [0, 1, 1, 0, 1]
-    """
-    loads, owners = [0.0] * ranks, [0] * len(work)
-    for piece in sorted(range(len(work)), key=lambda piece: -work[piece]):
-        owners[piece] = loads.index(min(loads))
-        loads[owners[piece]] += work[piece]
-    return owners
-
-
-def called_anywhere(
-    layers: Sequence[Layer], calls: Mapping[Layer, Sequence[Call]], communicator: Communicator
-) -> list[bool]:
-    """Of which layers there are calls, on any rank."""
-    found = [len(calls.get(layer, ())) for layer in layers]
-    if communicator.size > 1 and layers:
-        counts = torch.tensor(found, dtype=torch.float64, device=layers[0].weight.device)
-        communicator.sum_(counts)
-        found = [int(count) for count in counts.tolist()]
-    return [count > 0 for count in found]
-
-
-def mean_over_ranks(numbers: Numbers, communicator: Communicator) -> None:
-    """Replaces a block's statistics by the means of all ranks'."""
-    if communicator.size > 1:
-        statistics = [x for name, x in numbers.items() if name.startswith("statistics_")]
-        communicator.sum_(*statistics)
-        torch._foreach_div_(statistics, communicator.size)

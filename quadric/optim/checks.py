@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,6 +13,17 @@ def check_rates(**options: float) -> None:
     for name, value in options.items():
         if not 0 <= value < (1 if name == "momentum" else math.inf):
             raise ValueError(f"{name}={value}: must be at least 0" + (" and less than 1" if name == "momentum" else ""))
+
+
+def loss_of(value: Any) -> float:
+    """What a closure has returned, where damping follows it."""
+    if not isinstance(value, int | float) and not (isinstance(value, Tensor) and value.numel() == 1):
+        found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise ValueError(
+            f"closure returned {found}, and damping follows the loss: have it return the loss of the batch, a number "
+            "or a tensor of one element, or give damping a number"
+        )
+    return float(value.detach() if isinstance(value, Tensor) else value)
 
 
 def check_parameter(p: Tensor, name: str | None, model: nn.Module) -> None:

@@ -12,7 +12,7 @@ sums the step of a matrix would be smaller than that of its bias by a power of i
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from quadric.optim.blocks import Block, Numbers, Seen, gram_, shift_of, started
 from quadric.optim.layers import Gradient, Kind, Layer
+from quadric.optim.mini_block import Entries, MiniBlocks
 
 
 class Flattening(Enum):
@@ -38,6 +39,8 @@ class Flattening(Enum):
 @dataclass(frozen=True)
 class Tensors:
     """Which tensors a layer's parameters are, and how large the factors of their axes are at most.
+
+    Tables of embeddings are none: they have a diagonal factor for all entries, as in mini-block Fisher.
 
     Attributes:
         flattening: of the kernels of convolutions.
@@ -203,3 +206,8 @@ def shifts(statistics: Tensor, axis: Axis, damping: float) -> Tensor:
     """What is added to the diagonal of each block of a factor: a share of the mean of all of the factor's."""
     mean = statistics.diagonal(dim1=1, dim2=2).sum() / axis.length
     return shift_of(damping, mean).expand(axis.count)
+
+
+def tensor_block(layer: Layer, method: Callable[[Layer], Block], exponent: float = -1.0) -> Block:
+    """The ``method``'s block of a layer; a table of embeddings has a diagonal, inverted by this exponent."""
+    return Entries(layer, MiniBlocks(exponent=exponent)) if layer.kind is Kind.TABLE else method(layer)

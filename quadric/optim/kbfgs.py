@@ -19,7 +19,17 @@ from torch import Tensor, nn
 
 from quadric.linalg.bfgs import compact, damp, update_
 from quadric.optim.block_diagonal import BlockDiagonal
-from quadric.optim.blocks import Block, Numbers, SecondLook, Seen, inverse, shift_of, started, statistics_type
+from quadric.optim.blocks import (
+    Block,
+    Numbers,
+    SecondLook,
+    Seen,
+    inverse,
+    positions,
+    shift_of,
+    started,
+    statistics_type,
+)
 from quadric.optim.capture import UNCALLED, obstacle
 from quadric.optim.damping import Damping
 from quadric.optim.kfac import Kronecker, KroneckerFactors, KroneckerPatches
@@ -153,10 +163,9 @@ class KroneckerPairs(Kronecker, SecondLook):
             numbers |= {"s": A.new_zeros(self.outputs), "y": A.new_zeros(self.outputs), "squares": A.new_zeros(2)}
             self.inverse.start(numbers, self.outputs, A)
         numbers["observed"] += 1
-        positions = sum(call.cotangent.numel() for call in seen.calls) // self.outputs
-        keep = 1 - share
+        count, keep = seen.positions or positions(seen.calls, self.layer), 1 - share
         for call in seen.calls:
-            self._add_inputs(A, call.inputs, keep, share / positions)
+            self._add_inputs(A, call.inputs, keep, share / count)
             keep = 1.0
         if not seen.calls:  # on this rank, of those whose statistics are put together
             A.mul_(keep)
@@ -173,13 +182,13 @@ class KroneckerPairs(Kronecker, SecondLook):
         y, a, count = torch.zeros_like(z), z.new_zeros(self.inputs), z.new_zeros(1)
         for call in seen.calls:
             assert call.outputs is not None
-            positions = call.cotangent.numel() // self.outputs
+            at = positions([call], self.layer)
             z += call.outputs
             inputs, gradients = self._sums(call, a.dtype)
-            y += gradients.sum(0)
+            y += gradients.sum(0) / seen.scale
             a[:entries] += inputs.sum(0)
-            a[entries:] += positions
-            count += positions
+            a[entries:] += at
+            count += at
         return [z, y, a, count]
 
     def learn(

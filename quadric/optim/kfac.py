@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from quadric.optim.block_diagonal import BlockDiagonal
-from quadric.optim.blocks import Block, Call, Numbers, Seen, gram_, inverse, shift_of, started
+from quadric.optim.blocks import Block, Call, Numbers, Seen, gram_, inverse, positions, shift_of, started
 from quadric.optim.capture import UNCALLED, examples, obstacle
 from quadric.optim.convolution import Patches
 from quadric.optim.layers import Gradient, Layer
@@ -80,9 +80,7 @@ def kfac(
 
     The loss is taken for the mean over examples, the entries of the first dimension of a layer's inputs; where the
     gradients of several backward passes are accumulated, for the mean over those of all. Of another loss, such as a
-    sum, or of one scaled by `torch.amp.GradScaler`, the factors are another multiple: damping and the default lengths
-    follow it, pi = 1 and other lengths do not. The optimiser hears the calls of the model's modules: make it before
-    the first forward pass.
+    sum, the factors are another multiple: damping and the default lengths follow it, pi = 1 and other lengths do not.
 
     Args:
         model: whose layers have the factors.
@@ -139,17 +137,18 @@ class Kronecker(Block):
             return
         n = self.options.every
         calls = [replace(call, inputs=call.inputs[::n], cotangent=call.cotangent[::n]) for call in seen.calls]
-        taken = examples(calls)
-        of_G = share * seen.examples * examples(seen.calls) / taken
+        taken, own = examples(calls), examples(seen.calls)
+        of_G = share * seen.squares * own / taken
         if self.options.sharing == "reduce":
             for a, g in self._reduced(calls, A.dtype):
-                _add(A, a, keep, share / taken)
+                _add(A, a, keep, share * (own / seen.examples) / taken)
                 gram_(G, g, keep, of_G)
                 keep = 1.0
             return
-        positions = sum(call.cotangent.numel() for call in calls) // self.outputs
+        at, all_of = positions(calls, self.layer), positions(seen.calls, self.layer)
+        of_A = share * (all_of / (seen.positions or all_of)) / at
         for call in calls:
-            self._add_inputs(A, call.inputs, keep, share / positions)
+            self._add_inputs(A, call.inputs, keep, of_A)
             gram_(G, self._at_outputs(call.cotangent).to(G.dtype), keep, of_G)
             keep = 1.0
 

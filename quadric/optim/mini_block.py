@@ -90,8 +90,8 @@ def mini_block_fisher(
         params: parameters or groups of it; None: all that are trainable.
         lr: with the default lengths, what it is in Adam.
         blocks: which mini-blocks layers have.
-        options: momentum, weight decay, damping, schedule and length, as in `BlockDiagonal`; the paper's length is
-            `quadric.optim.length.Natural`.
+        options: momentum, weight decay, damping, schedule, length and fisher, as in `BlockDiagonal`; the paper's length
+            is `quadric.optim.length.Natural`.
 
     >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 1))
     >>> optimizer = mini_block_fisher(model)
@@ -288,7 +288,7 @@ def _observe_examples(block: ExampleRows | ExampleKernels, numbers: Numbers, see
     torch._foreach_mul_(statistics, 1 - share)
     for a, g in factors_of_examples(block.layer, seen.calls, statistics_type(weight), wide=True):
         for S, d in zip(statistics, block.of_examples(g.mT @ a), strict=True):
-            S.baddbmm_(d.mT, d, alpha=share * seen.examples)
+            S.baddbmm_(d.mT, d, alpha=share * seen.squares)
 
 
 class ExampleAveraged(Averaged):
@@ -308,7 +308,7 @@ class ExampleAveraged(Averaged):
             right = left if whole else ((g @ g.mT) @ a).flatten(0, 1)
             pairs = zip(left.split(self.cuts, 1), right.split(self.cuts, 1), strict=True)
             for S, (one, other) in zip(statistics, pairs, strict=True):
-                S.addmm_(one.T, other, alpha=share * seen.examples / len(weight))
+                S.addmm_(one.T, other, alpha=share * seen.squares / len(weight))
 
 
 def cuts(layer: Layer, largest: int) -> list[int]:

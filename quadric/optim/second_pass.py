@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from quadric.comm.communicator import Communicator
-from quadric.optim.blocks import Block, Call, Numbers, SecondLook, Seen, called_anywhere
+from quadric.optim.blocks import Block, Call, Numbers, SecondLook, Seen
 from quadric.optim.layers import Gradient, Layer, gradients_kept
+from quadric.optim.ranks import tally
 
 Calls = Mapping[Layer, Sequence[Call]]
 Looks = dict[SecondLook, list[Tensor]]
@@ -56,14 +57,14 @@ class SecondPass:
                     b.copy_(kept)
 
 
-def look(shown: Sequence[tuple[Block, Gradient]], calls: Calls, communicator: Communicator) -> Looks:
-    """Of the pass that makes the gradient, those that it has called, on one rank at least."""
+def look(shown: Sequence[tuple[Block, Gradient]], calls: Calls, scale: float, communicator: Communicator) -> Looks:
+    """Of the pass that makes the gradient, those that it has called, on one rank at least; ``scale`` is `Seen`'s."""
     looking = [(block, gradient) for block, gradient in shown if isinstance(block, SecondLook)]
-    called = called_anywhere([block.layer for block, _ in looking], calls, communicator)
+    tallies = tally([block.layer for block, _ in looking], calls, communicator)
     return {
-        block: block.look(Seen(gradient, calls.get(block.layer, ())))
-        for (block, gradient), heard in zip(looking, called, strict=True)
-        if heard
+        block: block.look(Seen(gradient, calls.get(block.layer, ()), scale=scale))
+        for (block, gradient), heard in zip(looking, tallies, strict=True)
+        if heard.calls
     }
 
 
@@ -73,10 +74,11 @@ def compare(
     state: Mapping[Tensor, Numbers],
     share: float,
     damping: float,
+    scale: float,
     communicator: Communicator,
 ) -> None:
     """Has blocks learn from the calls of the second pass, and from what they saw of the first; all ranks the same."""
-    after = {block: block.look(Seen((), calls.get(block.layer, ()))) for block in before}
+    after = {block: block.look(Seen((), calls.get(block.layer, ()), scale=scale)) for block in before}
     if communicator.size > 1:
         sums = [x for looks in (before, after) for found in looks.values() for x in found]
         communicator.sum_(*sums)

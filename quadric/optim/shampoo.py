@@ -14,10 +14,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from quadric.optim.block_diagonal import BlockDiagonal
-from quadric.optim.blocks import Block, power
-from quadric.optim.contraction import Axis, Contracted, Tensors, shifts
-from quadric.optim.layers import Kind, Layer
-from quadric.optim.mini_block import Entries, MiniBlocks
+from quadric.optim.blocks import power
+from quadric.optim.contraction import Axis, Contracted, Tensors, shifts, tensor_block
+from quadric.optim.layers import Layer
 
 
 def shampoo(
@@ -31,18 +30,12 @@ def shampoo(
 ) -> BlockDiagonal:
     """Shampoo (Gupta, Koren and Singer, 2018, Algorithm 2), in the place of Adam.
 
-    Tables of embeddings have a diagonal factor for all entries, as in mini-block Fisher.
-
     Args:
-        model: whose tensors have the factors.
-        params: parameters or groups of it; None: all that are trainable.
-        lr: with the default lengths, what it is in Adam.
+        model, params, lr, options: as in `mini_block_fisher`. Damping is a share of each factor's mean diagonal: of the
+            H_i of Ren and Goldfarb (2021), without prod n_j, their epsilon is damping tr(H_i) / n_i.
         tensors: which tensors the parameters are taken as, and how large their factors are.
         exponent: of the Kronecker product of the k factors, each of which has the k-th part of it: the paper's -1/2,
             or -1.
-        options: momentum, weight decay, damping, schedule, length and fisher, as in `BlockDiagonal`; the paper's length
-            is `quadric.optim.length.Natural`. Damping is a share of each factor's mean diagonal: of the H_i of
-            Ren and Goldfarb (2021), without prod n_j, their epsilon is damping tr(H_i) / n_i.
 
     >>> import torch
     >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 1))
@@ -56,13 +49,8 @@ def shampoo(
     """
     if exponent not in (-0.5, -1.0):
         raise ValueError(f"exponent={exponent}: give -0.5 for the paper's roots, or -1")
-    return BlockDiagonal(
-        model,
-        partial(_block, options=tensors, exponent=exponent),
-        params,
-        lr=lr,
-        **options,
-    )
+    method = partial(Shampoo, options=tensors, exponent=exponent)
+    return BlockDiagonal(model, partial(tensor_block, method=method, exponent=exponent), params, lr=lr, **options)
 
 
 class Shampoo(Contracted):
@@ -77,9 +65,3 @@ class Shampoo(Contracted):
             power(H, shifts(H, axis, damping), self.exponent / len(axes))
             for H, axis in zip(statistics, axes, strict=True)
         ]
-
-
-def _block(layer: Layer, options: Tensors, exponent: float) -> Block:
-    if layer.kind is Kind.TABLE:
-        return Entries(layer, MiniBlocks(exponent=exponent))
-    return Shampoo(layer, options, exponent)

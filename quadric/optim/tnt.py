@@ -15,11 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from quadric.optim.block_diagonal import BlockDiagonal
-from quadric.optim.blocks import Block, inverse
-from quadric.optim.contraction import Axis, Contracted, Tensors, shifts
+from quadric.optim.blocks import inverse
+from quadric.optim.contraction import Axis, Contracted, Tensors, shifts, tensor_block
 from quadric.optim.damping import Damping
-from quadric.optim.layers import Kind, Layer
-from quadric.optim.mini_block import Entries, MiniBlocks
 
 
 def tnt(
@@ -33,17 +31,11 @@ def tnt(
 ) -> BlockDiagonal:
     """Tensor normal training (Ren and Goldfarb, 2021), in the place of Adam.
 
-    Tables of embeddings have a diagonal factor for all entries, as in mini-block Fisher.
-
     Args:
-        model: whose tensors have the factors.
-        params: parameters or groups of it; None: all that are trainable.
-        lr: with the default lengths, what it is in Adam.
+        model, params, lr, options: as in `mini_block_fisher`; the paper's fisher is ``"sampled"``.
         damping: as a share of the mean diagonal c of the factors; the paper's epsilon is damping c. It acts on every
             factor: 0.03 makes a direction of little gradient in k axes 33^k times as long as it was.
         tensors: which tensors the parameters are taken as, and how large their factors are.
-        options: momentum, weight decay, schedule, length and fisher, as in `BlockDiagonal`; the paper's length is
-            `quadric.optim.length.Natural` and its fisher ``"sampled"``.
 
     >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 1))
     >>> optimizer = tnt(model)
@@ -54,14 +46,8 @@ def tnt(
     >>> model(torch.randn(5, 1, 4, 4)).square().mean().backward()
     >>> optimizer.step()
     """
-    return BlockDiagonal(
-        model,
-        partial(_block, options=tensors),
-        params,
-        lr=lr,
-        damping=damping,
-        **options,
-    )
+    block = partial(tensor_block, method=partial(TNT, options=tensors))
+    return BlockDiagonal(model, block, params, lr=lr, damping=damping, **options)
 
 
 class TNT(Contracted):
@@ -71,7 +57,3 @@ class TNT(Contracted):
         square = statistics[0].diagonal(dim1=1, dim2=2).sum(dtype=torch.float64) / axes[0].length
         scale = torch.where(square > 0, square, torch.ones_like(square)) ** (1 - 1 / len(axes))
         return [inverse(H, shifts(H, axis, damping)).mul_(scale) for H, axis in zip(statistics, axes, strict=True)]
-
-
-def _block(layer: Layer, options: Tensors) -> Block:
-    return Entries(layer, MiniBlocks()) if layer.kind is Kind.TABLE else TNT(layer, options)

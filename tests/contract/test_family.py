@@ -247,8 +247,8 @@ def test_a_schedule_sets_the_rate(build: Build) -> None:
 def clipped(build: Build, way: str) -> Tensor:
     """Where three steps by clipped gradients lead that are made ``way``."""
     model = small()
-    optimizer = build(model)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=way == "scaled")
+    optimizer = build(model, loss_scale=scaler.get_scale)
 
     def closure() -> float:
         optimizer.zero_grad(set_to_none=bool(step))

@@ -79,7 +79,7 @@ def test_images_are_unpacked_in_order(tmp_path: Path) -> None:
 
 def test_without_pillow_one_sentence_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(ModuleNotFoundError, match="pip install pillow"):
+    with pytest.raises(ModuleNotFoundError, match=r"images in JPEG need Pillow: pip install 'quadric\[images\]'"):
         read_cifar10(tmp_path / "images.npz")
 
 

@@ -18,3 +18,26 @@ def test_ranks_step_as_one_does_and_share_the_inverses(tmp_path: Path) -> None:
         found, whole = (torch.frombuffer(bytearray(made), dtype=torch.float64) for made in (first[key][0], expected))
         torch.testing.assert_close(found, whole, rtol=0, atol=1e-9)
         assert first[key][1] + second[key][1] == alone and first[key][1] and second[key][1]
+
+
+def test_statistics_of_calls_are_of_one_size_on_any_number_of_ranks(tmp_path: Path) -> None:
+    """By an objective over parts of any size, at targets of the data or drawn, and by DistributedDataParallel."""
+    first, second = run(tmp_path, 2, family_training.natural_trainings)
+    for key, expected in family_training.natural_trainings().items():
+        assert first[key] == second[key], key  # to the bit
+        for found, whole in zip(first[key], expected, strict=True):
+            found, whole = (torch.frombuffer(bytearray(made), dtype=torch.float64) for made in (found, whole))
+            torch.testing.assert_close(found, whole, rtol=1e-7, atol=1e-10, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_an_optimiser_and_an_objective_know_of_the_same_ranks(tmp_path: Path) -> None:
+    for said in run(tmp_path, 2, family_training.strangers):
+        assert said.startswith("communicator: the optimiser knows of 1 ranks, its Objective of 2: give both the same")
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_sharded_parameters_are_refused(tmp_path: Path, size: int) -> None:
+    for said in run(tmp_path, size, family_training.refused_shards):
+        assert said.startswith(
+            "0.weight is sharded over devices: blocks are of whole layers; use DistributedDataParallel"
+        )

@@ -176,6 +176,27 @@ def test_damping_that_follows_the_loss() -> None:
         optimizer.step()
 
 
+@pytest.mark.parametrize(
+    ("returned", "found"),
+    [(None, "None"), (torch.ones(3), r"a tensor of shape \(3,\)"), ("0.5", "'0.5'")],
+    ids=["nothing", "several", "text"],
+)
+def test_a_closure_that_returns_no_loss(returned: object, found: str) -> None:
+    module, optimizer = quadratic(Natural(), 0.1, damping=LevenbergMarquardt(0.5))
+
+    def closure() -> object:
+        optimizer.zero_grad()
+        module(draw(6, 4)).square().mean().backward()
+        return returned
+
+    before = [p.detach().clone() for p in module.parameters()]
+    with pytest.raises(ValueError, match=f"closure returned {found}, and damping follows the loss: have it return"):
+        optimizer.step(closure)
+    assert all(torch.equal(b, p.detach()) for b, p in zip(before, module.parameters(), strict=True))
+    module, optimizer = quadratic(Natural(), 0.1)
+    assert optimizer.step(closure) is returned  # which nobody wants to know
+
+
 def test_blocks_that_memory_has_no_room_for() -> None:
     module = nn.Sequential(nn.Linear(4, 4), nn.Linear(30_000, 400, bias=False))
     with pytest.raises(ValueError, match=r"1\.weight alone takes .* for 400 of 30,000 x 30,000: choose av"):

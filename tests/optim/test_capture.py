@@ -280,6 +280,8 @@ def test_a_layer_whose_module_is_not_called_has_mini_blocks_from_then_on(caplog:
     before = model.second.weight.detach().clone()
     with caplog.at_level(logging.WARNING):
         train(model, optimizer, 1)
+        assert blocks(optimizer) == ["Kronecker", "Kronecker"] and not caplog.messages
+        train(model, optimizer, 1)
     assert caplog.messages == ["second.weight: its module is not called; it has Averaged"]
     assert blocks(optimizer) == ["Kronecker", "Averaged"]
     assert optimizer.coverage[1].why == "Linear: a matrix; its module is not called"
@@ -300,6 +302,58 @@ def test_a_layer_whose_module_is_not_called_has_mini_blocks_from_then_on(caplog:
     fresh = kfac(model)
     optimizer.load_state_dict(fresh.state_dict())
     assert blocks(optimizer) == ["Kronecker", "Kronecker"]
+
+
+@pytest.mark.parametrize("made", ["after the forward pass", "after the backward pass"])
+def test_an_optimiser_that_is_made_within_a_step_hears_the_next(made: str) -> None:
+    model = Bypassed()
+    value = model(torch.ones(2, 3)).square().sum()
+    if made == "after the backward pass":
+        value.backward()
+        optimizer = kfac(model, lr=0.01)
+    else:
+        optimizer = kfac(model, lr=0.01)
+        value.backward()
+    before = model.second.weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(model.second.weight, before) and not any(
+        name.startswith("statistics_") for name in optimizer.state[model.second.weight]
+    )
+    train(model, optimizer, 1)
+    assert blocks(optimizer) == ["Kronecker", "Kronecker"]
+    assert {"inverse_A", "inverse_G"} <= optimizer.state[model.second.weight].keys()
+    train(model, optimizer, 1)
+    model.bypass = True
+    train(model, optimizer, 1)
+    model.bypass = False
+    train(model, optimizer, 1)
+    model.bypass = True
+    train(model, optimizer, 1)
+    assert blocks(optimizer) == ["Kronecker", "Kronecker"]  # no two in a row
+
+
+def test_calls_are_heard_of_layers_that_join_late() -> None:
+    model = Bypassed()
+    optimizer = kfac(model, list(model.first.parameters()), lr=0.01)
+    train(model, optimizer, 2)
+    optimizer.add_param_group({"params": list(model.second.parameters())})
+    train(model, optimizer, 3)
+    assert blocks(optimizer) == ["Kronecker", "Kronecker"]
+
+
+def test_first_statistics_of_a_layer_count_whole() -> None:
+    """However late they come."""
+    model, late = Bypassed(), {}
+    optimizer = kfac(model, lr=0.0, schedule=Schedule(1, 1))
+    for _ in range(4):
+        optimizer.zero_grad()
+        model.first(torch.ones(2, 3)).square().sum().backward()
+        optimizer.step()
+    train(model, optimizer, 1)
+    late = optimizer.state[model.second.weight]["statistics_G"]
+    fresh = kfac(model, lr=0.0)
+    train(model, fresh, 1)
+    torch.testing.assert_close(late, fresh.state[model.second.weight]["statistics_G"])
 
 
 def test_a_layer_that_takes_no_part_keeps_its_block() -> None:
@@ -357,6 +411,6 @@ def test_compiled_models_have_mini_blocks_and_say_so() -> None:
     model = network()
     optimizer = kfac(model, lr=0.01)
     compiled = torch.compile(model, backend="eager")
-    values = train(compiled, optimizer, 8)
+    values = train(compiled, optimizer, 20)
     assert values[-1] < values[0]
     assert {layer.why for layer in optimizer.coverage} == {"Linear: a matrix; its module is not called"}

@@ -228,7 +228,7 @@ def test_ranks_learn_from_the_means_of_theirs() -> None:
         block, numbers = of(optimizer)
         first, second = (Call(draw(5, 4), draw(5, 3, seed=k), 0, draw(3, seed=9 + k)) for k in range(2))
         before = {block: block.look(Seen((), [first]))}
-        compare(before, {block.layer: [second]}, optimizer.state, 0.5, 0.1, communicator)
+        compare(before, {block.layer: [second]}, optimizer.state, 0.5, 0.1, 1.0, communicator)
         learnt.append([numbers[name] for name in ("s", "y", "inverse_A", "inverse_G")])
     for one, two in zip(*learnt, strict=True):
         torch.testing.assert_close(two, one)
