@@ -30,14 +30,9 @@ def test_statistics_of_calls_are_of_one_size_on_any_number_of_ranks(tmp_path: Pa
             torch.testing.assert_close(found, whole, rtol=1e-7, atol=1e-10, msg=lambda text, key=key: f"{key}: {text}")
 
 
-def test_an_optimiser_and_an_objective_know_of_the_same_ranks(tmp_path: Path) -> None:
-    for said in run(tmp_path, 2, family_training.strangers):
-        assert said.startswith("communicator: the optimiser knows of 1 ranks, its Objective of 2: give both the same")
-
-
-@pytest.mark.parametrize("size", [1, 2])
-def test_sharded_parameters_are_refused(tmp_path: Path, size: int) -> None:
-    for said in run(tmp_path, size, family_training.refused_shards):
-        assert said.startswith(
-            "0.weight is sharded over devices: blocks are of whole layers; use DistributedDataParallel"
-        )
+def test_refusals_on_ranks(tmp_path: Path) -> None:
+    for ranks, shards in run(tmp_path, 2, family_training.refusals):
+        assert ranks.startswith("communicator: the optimiser knows of 1 ranks, its Objective of 2: give both the same")
+        assert shards.startswith("0.weight is sharded over devices: blocks are of whole layers; use DistributedData")
+    (alone,) = run(tmp_path, 1, family_training.refused_shards)
+    assert alone == shards

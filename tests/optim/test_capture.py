@@ -343,7 +343,7 @@ def test_calls_are_heard_of_layers_that_join_late() -> None:
 
 def test_first_statistics_of_a_layer_count_whole() -> None:
     """However late they come."""
-    model, late = Bypassed(), {}
+    model = Bypassed()
     optimizer = kfac(model, lr=0.0, schedule=Schedule(1, 1))
     for _ in range(4):
         optimizer.zero_grad()

@@ -86,10 +86,8 @@ def test_statistics_that_overflow_begin_anew(build: partial[BlockDiagonal], capl
     kept = tensors(optimizer)
     assert all(torch.equal(x, kept[key]) for key, x in inverses.items() if not key[1].startswith("statistics_"))
     one(4, 0.0)
-    fresh = build(model, lr=0.01)
     for key, x in tensors(optimizer).items():
         assert x.isfinite().all(), key
-    fresh.zero_grad()
     assert not torch.equal(model.weight, before)
     for number in range(5, 12):
         one(number, 0.0)

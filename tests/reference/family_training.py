@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional
 
 import cases
@@ -102,7 +104,7 @@ def parts_of(step: int, equal: bool) -> list[tuple[Tensor, Tensor]]:
 
 
 def natural(communicator: Communicator, name: str, way: str) -> tuple[bytes, bytes]:
-    """The parameters and the statistics after four steps of parts of a batch, on one rank or on two."""
+    """The parameters and the statistics after three steps of parts of a batch, on one rank or on two."""
     model: nn.Module = network()
     alone = communicator.size == 1
     wrapped = model if alone or way != "ddp" else nn.parallel.DistributedDataParallel(model)
@@ -114,7 +116,7 @@ def natural(communicator: Communicator, name: str, way: str) -> tuple[bytes, byt
         communicator=communicator,
         fisher="sampled" if way == "sampled" else "empirical",
     )
-    for step in range(4):
+    for step in range(3):
         parts = parts_of(step, equal=way == "ddp")
         if not alone:
             parts = parts[communicator.rank :][:1]
@@ -158,9 +160,6 @@ def strangers(communicator: Communicator) -> str:
 
 def refused_shards(communicator: Communicator) -> str:
     """What an optimiser says of parameters that FSDP has sharded."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
     model = network().float()
     fully_shard(model, mesh=init_device_mesh("cpu", (communicator.size,)))
     try:
@@ -168,3 +167,7 @@ def refused_shards(communicator: Communicator) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def refusals(communicator: Communicator) -> tuple[str, str]:
+    return strangers(communicator), refused_shards(communicator)
