@@ -370,7 +370,7 @@ class BlockDiagonal(torch.optim.Optimizer):
         """
         if every:
             check_present(self.model, self._blocks)
-        candidates = self._serving if every else [block for block, _ in shown if not self._has(block, "inverse_")]
+        candidates = self._serving if every else [block for block, _ in shown if not self._ready(block)]
         observed = [block for block in candidates if self._has(block, "statistics_")]
         bad = refresh(observed, self.state, self.param_groups[0]["damping"], self.communicator)
         return not bad or self._skip("the inverse", bad)
@@ -385,7 +385,7 @@ class BlockDiagonal(torch.optim.Optimizer):
         for block, gradient in shown:
             pairs = zip(block.layer.parameters, gradient, strict=True)
             momenta.append([self._push(p, g, groups[id(p)]) for p, g in pairs])
-            known = self._has(block, "inverse_")
+            known = self._ready(block)
             steps.append(block.apply(self.state[block.layer.weight], momenta[-1]) if known else momenta[-1])
         factors = self.length.factors(steps, momenta, max(group["lr"] for group in self.param_groups))
         foreseen = 0.0
@@ -399,6 +399,14 @@ class BlockDiagonal(torch.optim.Optimizer):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(d, alpha=-rate)
         return foreseen
+
+    def _ready(self, block: Block) -> bool:
+        """Whether it has inverses, of all its statistics."""
+        numbers = self.state[block.layer.weight]
+        made = {name.removeprefix("inverse_") for name in numbers if name.startswith("inverse_")}
+        return bool(made) and all(
+            name.removeprefix("statistics_") in made for name in numbers if name.startswith("statistics_")
+        )
 
     def _has(self, block: Block, prefix: str) -> bool:
         return any(name.startswith(prefix) for name in self.state[block.layer.weight])

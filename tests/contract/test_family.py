@@ -310,6 +310,23 @@ def test_layers_may_join_late(build: Build) -> None:
     assert len(optimizer.coverage) == 3
 
 
+@pytest.mark.parametrize("first", range(1, 6))
+def test_a_layer_whose_gradient_comes_late_has_its_inverse_at_once(build: Build, first: int) -> None:
+    """Also where no inverses are due in that step, and where its statistics have no inverse while another has."""
+    model = small()
+    optimizer = build(model, schedule=Schedule(1, 4), lr=0.01)
+
+    def compute(step: int) -> Tensor:
+        rest = draw(10, 8, seed=step).float()
+        return functional.cross_entropy(model[3:](rest), torch.arange(10) % 4) if step < first else loss(model, step)
+
+    for step in range(first + 2):
+        before = point(model[:3])
+        advance(optimizer, lambda step=step: compute(step))  # type: ignore[misc]
+        assert torch.equal(point(model[:3]), before) == (step < first)
+    assert any(name.startswith("inverse_") for name in optimizer.state[model[0].weight])
+
+
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted(build: Build, caplog: pytest.LogCaptureFixture) -> None:
     model = small()
     optimizer = build(model)
