@@ -101,7 +101,7 @@ TNT_RANGES: Ranges = {"lr": (1e-5, 1e-1), "damping": (1e-2, 10.0)}
 
 def family(make: Callable[..., Optimizer], ranges: Ranges = FAMILY, **options: Any) -> Method:
     """One of the functions of `quadric.optim`, with options that are not tuned."""
-    return Method(lambda model, schedule, **tuned: [make(model, schedule=schedule, **tuned, **options)], ranges)
+    return Method(lambda model, schedule, **tuned: [make(model, **{"schedule": schedule, **tuned, **options})], ranges)
 
 
 METHODS: dict[str, Method] = {
@@ -122,6 +122,8 @@ VARIANTS: dict[str, Method] = {
     "mini_block_fisher_whole": family(mini_block_fisher, blocks=MiniBlocks(largest=4096)),
     "mini_block_fisher_per_example": family(mini_block_fisher, blocks=MiniBlocks(per_example=True)),
     "mini_block_fisher_root": family(mini_block_fisher, blocks=MiniBlocks(exponent=-0.5)),
+    "mini_block_fisher_2_25": family(mini_block_fisher, schedule=Schedule(statistics=2, inverses=25)),
+    "mini_block_fisher_10_100": family(mini_block_fisher, schedule=Schedule(statistics=10, inverses=100)),
     "kfac_sampled": family(kfac, fisher="sampled"),
     "kfac_pi_one": family(kfac, factors=KroneckerFactors(pi="one")),
     "tnt_sampled": family(tnt, TNT_RANGES, fisher="sampled"),
@@ -274,13 +276,17 @@ class Benchmark:
         """Tunes a method, and runs what is best from all seeds."""
         chosen, ranges = self.chosen, (METHODS | VARIANTS)[name].ranges
         trials = [
-            self.run(name, drawn(ranges, k), 0, f"trial {k + 1} of {chosen.trials}") for k in range(chosen.trials)
+            self.run(name, drawn(ranges, k), 0, f"trial {k + 1} of {chosen.trials}")
+            for k in range(0 if chosen.set else chosen.trials)
         ]
         sound = [run for run in trials if run["measures"] is not None]
         row = {"task": chosen.task, "method": name, "trials": len(trials), "diverged": len(trials) - len(sound)}
-        if not sound:
+        if trials and not sound:
             return {**row, "values": None}
-        best = min(sound, key=lambda run: self.task.rank(run["measures"]))["asked"]["values"]
+        if trials:
+            best = min(sound, key=lambda run: self.task.rank(run["measures"]))["asked"]["values"]
+        else:
+            best = {option: value for option, value in chosen.set if option in ranges}
         finals = [
             self.run(name, best, seed, f"seed {seed} of {chosen.seeds}", looks=chosen.looks)
             for seed in range(1, chosen.seeds + 1)
@@ -318,6 +324,11 @@ def cells(row: Mapping[str, Any], measures: Sequence[str]) -> list[str]:
     ]
 
 
+def _value(text: str) -> tuple[str, float]:
+    name, _, number = text.partition("=")
+    return name, float(number)
+
+
 def arguments() -> argparse.Namespace:
     """What was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -327,6 +338,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=60.0, help="of each training")
     parser.add_argument("--trials", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument(
+        "--set", nargs="+", type=_value, default=[], metavar="NAME=VALUE",
+        help="instead of the search: of every method that has the option",
+    )  # fmt: skip
     parser.add_argument("--rates", default="cosine", choices=["cosine", "constant"])
     parser.add_argument("--looks", type=int, default=10, help="evaluations for a seed's curve, beside the last one")
     parser.add_argument("--clock", default="wall", choices=list(CLOCKS))
@@ -341,6 +356,10 @@ def arguments() -> argparse.Namespace:
         sys.exit("--clock cpu counts the seconds of one core: give --threads 1 and --device cpu with it")
     if min(chosen.trials, chosen.seeds, chosen.seconds) <= 0:
         sys.exit("--trials, --seeds and --seconds must be positive")
+    given = {name for name, _ in chosen.set}
+    for name in chosen.methods if given else ():
+        if lacking := [option for option in (METHODS | VARIANTS)[name].ranges if option not in given]:
+            sys.exit(f"--set: {name} has {' and '.join(lacking)} as well; give a value")
     return chosen
 
 

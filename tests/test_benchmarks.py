@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from quadric.data.image_sets import control_points, draw_curves
 from quadric.data.stream import FrameStream
 from quadric.loss.loss import SquaredError
 from quadric.model.acoustic import TDNN
@@ -38,6 +39,34 @@ def test_help_is_given(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         runpy.run_path(str(BENCHMARKS / f"{name}.py"), run_name="__main__")
     assert end.value.code == 0
     assert f"python benchmarks/{name}.py" in capsys.readouterr().out
+
+
+def test_a_cycle_is_put_together_from_the_kinds_of_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock on which a step with inverses takes 9 seconds, one with statistics 5, others 3, and Adam's 2."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    cost = importlib.import_module("step_cost")
+    race = cost.Race(cost.OURS[0], cost.Task(lambda: torch.nn.Linear(3, 2), *draws()), torch.device("cpu"))
+    schedule, clock, group = race.ours.optimizers[0].schedule, [0.0], race.ours.optimizers[0].param_groups[0]
+
+    def ours() -> None:
+        number = group["step"]
+        clock[0] += 9 if schedule.refreshes(number) else 5 if number % schedule.statistics == 0 else 3
+        race_ours()
+
+    def adam() -> None:
+        clock[0] += 2
+
+    race_ours, optimizers = race.ours, race.ours.optimizers
+    monkeypatch.setattr(cost, "now", lambda: clock[0])
+    ours.optimizers = optimizers  # type: ignore[attr-defined]
+    race.ours, race.adam = ours, adam
+    ratios = race.ratios(2)
+    assert ratios[1, 20] == pytest.approx((9 + 19 * 5) / 40)
+    assert ratios[10, 100] == pytest.approx((9 + 9 * 5 + 90 * 3) / 200)
+
+
+def draws() -> tuple[torch.Tensor, torch.Tensor, Any]:
+    return torch.randn(8, 3), torch.randint(2, (8,)), torch.nn.functional.cross_entropy
 
 
 @pytest.mark.speech
@@ -209,13 +238,25 @@ def lowered(task: Any) -> dict[str, float]:
     return after
 
 
+def test_values_that_are_set_need_no_search(
+    block_tasks: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ("--methods", "sgd", "--set", "lr=0.05", "eps=1", "--seeds", "2", "--json", str(tmp_path / "runs.json"))
+    asked(monkeypatch, block_tasks, points_on_a_line(block_tasks), *more)
+    kept = json.loads((tmp_path / "runs.json").read_text())
+    assert [run["asked"]["values"] for run in kept["runs"]] == [{"lr": 0.05}] * 2
+    assert [run["asked"]["seed"] for run in kept["runs"]] == [1, 2]
+    with pytest.raises(SystemExit, match="--set: adam has eps as well"):
+        asked(monkeypatch, block_tasks, points_on_a_line(block_tasks), "--methods", "adam", "--set", "lr=1")
+
+
 @pytest.mark.parametrize("logistic", [True, False])
 def test_an_autoencoder_is_measured_on_what_it_was_trained_on_and_on_other_images(
-    logistic: bool, block_tasks: Any, images: Any
+    logistic: bool, block_tasks: Any
 ) -> None:
-    drawn = torch.from_numpy(images.draw_curves(images.control_points(1300)))
-    tasks = importlib.import_module("tasks")
-    known = images.Images(drawn[:1200], drawn[1200:], (784, 40, 6), logistic)
+    drawn = torch.from_numpy(draw_curves(control_points(1300)))
+    tasks, images = (importlib.import_module(name) for name in ("tasks", "images"))
+    known = images.Images(drawn[:1200], drawn[1200:], logistic, (784, 40, 6))
     task = tasks.autoencoding(known, narrow=True, batch=500, evaluated=1100)
     assert [p.shape[0] for p in task.build().parameters() if p.ndim == 2] == [20, 6, 20, 784]
     first = [x for x, _ in itertools.islice(task.batches(torch.Generator().manual_seed(1)), 2)]
