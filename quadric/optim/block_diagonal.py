@@ -18,10 +18,30 @@ from torch import Tensor, nn
 
 from quadric.comm.communicator import Communicator, Solo
 from quadric.objective.objective import Objective
-from quadric.optim.blocks import Block, Call, SecondLook, Seen, sound, squarable, statistics_type
+from quadric.optim.blocks import (
+    Block,
+    Call,
+    SecondLook,
+    Seen,
+    forget,
+    has_statistics,
+    ready,
+    shown_by,
+    sound,
+    squarable,
+    statistics_type,
+)
 from quadric.optim.capture import Capture
-from quadric.optim.checks import check_parameter, check_rates, loss_of
-from quadric.optim.coverage import Coverage, check_memory, check_present, coverage_of
+from quadric.optim.checks import check_parameter, check_parts, check_rates, loss_of
+from quadric.optim.coverage import (
+    Coverage,
+    check_memory,
+    check_present,
+    check_state,
+    coverage_of,
+    described,
+    tell_left_out,
+)
 from quadric.optim.damping import Damping, Fixed
 from quadric.optim.fisher import Fisher, check_closure, check_fisher, drawn
 from quadric.optim.layers import Gradient, Layer, find_layers
@@ -33,6 +53,9 @@ from quadric.optim.second_pass import SecondPass, compare, look
 from quadric.options import check_whole
 
 logger = logging.getLogger(__name__)
+
+UNHEARD = 50
+"""Statistics in a row without a call, though with a gradient, after which a layer that had calls loses its block."""
 
 
 class BlockDiagonal(torch.optim.Optimizer):
@@ -99,15 +122,17 @@ class BlockDiagonal(torch.optim.Optimizer):
         loss_scale: LossScale | None = None,
     ) -> None:
         check_rates(lr=lr, momentum=momentum, weight_decay=weight_decay)
+        check_parts(model, damping, ("schedule", schedule, Schedule), ("length", length, Length))
         self.rule = damping if isinstance(damping, Damping) else Fixed(damping)
         if not self.rule.initial > 0:
-            raise ValueError(f"damping={damping}: must be positive: statistics of few steps have no inverse without it")
+            raise ValueError(f"damping={damping}: must start above zero: statistics of few steps have no inverse else")
         check_whole(patience=patience)
         if patience < 1:
             raise ValueError(f"patience={patience}: give a number of steps, 1 at least")
         self.model, self.block, self.schedule, self.length, self.patience = model, block, schedule, length, patience
         self.communicator, self.fisher, self.loss_scale = communicator, check_fisher(fisher), loss_scale
         self._blocks: list[Block] = []
+        self._whole = params is None
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__([p for p in model.parameters() if p.requires_grad] if params is None else params, defaults)
         self.param_groups[0].update(damping=self.rule.initial, step=0, observed=0, skipped=0, skipped_in_a_row=0)
@@ -116,7 +141,7 @@ class BlockDiagonal(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """What a copy needs: the parts beside what torch keeps."""
         names = ("model", "block", "schedule", "length", "patience", "rule", "communicator", "fisher", "loss_scale")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in (*names, "_blocks")}}
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in (*names, "_blocks", "_whole")}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -191,7 +216,7 @@ class BlockDiagonal(torch.optim.Optimizer):
             raise ValueError("step() without a closure: pairs are of a second pass after the step; call step(closure)")
         if not isinstance(self.rule, Fixed):
             loss_of(value)
-        calls, shown = self._capture.take(), self._shown()
+        calls, shown = self._capture.take(), shown_by(self._serving)
         if self._finite(shown):
             self._advance(value, shown, calls, self._of_calls(closure, scale), closure, second_pass)
         return value
@@ -220,7 +245,8 @@ class BlockDiagonal(torch.optim.Optimizer):
         calls = {}  # before those of another pass
         if not self._refresh(shown, every=refreshes):
             return
-        foreseen = self._move(shown)
+        if (foreseen := self._move(shown)) is None:
+            return
         after = None
         if before and second_pass is not None:
             with self._capture.recording():
@@ -256,7 +282,7 @@ class BlockDiagonal(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 closure()
-        calls, shown = self._capture.take(), self._shown()
+        calls, shown = self._capture.take(), shown_by(self._serving)
         share = 1 / (self.param_groups[0]["observed"] + 1)
         if self._finite(shown) and self._observe(shown, calls, share, self._of_calls(closure, scale), closure):
             self.param_groups[0]["skipped_in_a_row"] = 0
@@ -264,24 +290,6 @@ class BlockDiagonal(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
         self._capture.clear()
-
-    def _shown(self) -> list[tuple[Block, Gradient]]:
-        """The blocks of layers that have a gradient."""
-        shown: list[tuple[Block, Gradient]] = []
-        for block in self._serving:
-            if all(p.grad is None for p in block.layer.parameters):
-                continue
-            gradient = block.layer.gradient
-            for g in gradient:
-                if g.is_sparse:
-                    raise ValueError(
-                        f"the gradient of {block.layer.name} is sparse: build the embedding with sparse=False, or give "
-                        "it to torch.optim.SparseAdam and leave it out of params"
-                    )
-            shown.append((block, gradient))
-        if not shown:
-            raise ValueError("no parameter has a gradient: call backward() before step(), or give step() a closure")
-        return shown
 
     def _finite(self, shown: Sequence[tuple[Block, Gradient]]) -> bool:
         """Whether all gradients are, and their squares; counts it if not."""
@@ -328,35 +336,31 @@ class BlockDiagonal(torch.optim.Optimizer):
             if heard.calls or not block.wants_calls:
                 seen = Seen(gradient, found, heard.examples, heard.positions, scale)
                 numbers.pop("unheard", None)
-                block.observe(numbers, seen, share if self._has(block, "statistics_") else 1.0)
+                block.observe(numbers, seen, share if has_statistics(self.state[block.layer.weight]) else 1.0)
                 if block.wants_calls:
                     mean_over_ranks(numbers, self.communicator)
             elif any(bool(g.any()) for g in (*gradient, *own)):
-                if "unheard" in numbers:
+                numbers["unheard"] = numbers.get("unheard", torch.tensor(0)) + 1
+                if int(numbers["unheard"]) >= (UNHEARD if has_statistics(numbers) else 2):
                     shown[place] = (self._replaced(block, gradient), own)
-                else:
-                    numbers["unheard"] = torch.tensor(True)
         if not sound([self.state[block.layer.weight] for block in blocks]):
-            return self._begun_anew(blocks)
+            bad = [block for block in blocks if not sound([self.state[block.layer.weight]])]
+            return self._begin_anew("the curvature", bad, "statistics_")
         counts["observed"] += 1
         return True
 
-    def _begun_anew(self, blocks: Sequence[Block]) -> bool:
-        """Drops statistics that are not finite, before an inverse is made of them; False."""
-        bad = [block for block in blocks if not sound([self.state[block.layer.weight]])]
+    def _begin_anew(self, what: str, bad: Sequence[Block], prefix: str = "") -> bool:
+        """Drops what is not finite, or leads to it, before parameters are touched, and skips the step; False."""
         for block in bad:
-            numbers = self.state[block.layer.weight]
-            for name in [name for name in numbers if name.startswith("statistics_")]:
-                del numbers[name]
-        return self._skip("the curvature", bad)
+            forget(self.state[block.layer.weight], prefix)
+        return self._skip(what, bad)
 
     def _replaced(self, block: Block, gradient: Gradient) -> Block:
         """What takes the place of the block of a layer whose module was not called, though it has a gradient."""
         assert block.otherwise is not None
         logger.warning("%s: %s; it has %s", block.layer.name, block.otherwise.reason, type(block.otherwise).__name__)
         numbers = self.state[block.layer.weight]
-        for name in [name for name in numbers if name != "momentum"]:
-            del numbers[name]
+        forget(numbers)
         numbers["uncalled"] = torch.tensor(True)
         block.otherwise.observe(numbers, Seen(gradient), 1.0)
         self._capture.close()
@@ -370,27 +374,39 @@ class BlockDiagonal(torch.optim.Optimizer):
         """
         if every:
             check_present(self.model, self._blocks)
-        candidates = self._serving if every else [block for block, _ in shown if not self._ready(block)]
-        observed = [block for block in candidates if self._has(block, "statistics_")]
+            if self._whole:
+                self._whole = not tell_left_out(self.model, self._blocks)
+        candidates = (
+            self._serving if every else [block for block, _ in shown if not ready(self.state[block.layer.weight])]
+        )
+        observed = [block for block in candidates if has_statistics(self.state[block.layer.weight])]
         bad = refresh(observed, self.state, self.param_groups[0]["damping"], self.communicator)
         return not bad or self._skip("the inverse", bad)
 
-    def _move(self, shown: Sequence[tuple[Block, Gradient]]) -> float:
+    def _move(self, shown: Sequence[tuple[Block, Gradient]]) -> float | None:
         """Takes the step d; returns what is foreseen of it where damping adapts: g'd + d'(S + lambda) d / 2.
 
-        By the blocks, (S + lambda) P m = m.
+        By the blocks, (S + lambda) P m = m. None where d is not finite, and is not taken. A parameter without a
+        gradient, as one that was frozen, stays where it is.
         """
         groups = {id(p): group for group in self.param_groups for p in group["params"]}
         momenta, steps = [], []
         for block, gradient in shown:
             pairs = zip(block.layer.parameters, gradient, strict=True)
             momenta.append([self._push(p, g, groups[id(p)]) for p, g in pairs])
-            known = self._ready(block)
+            known = ready(self.state[block.layer.weight])
             steps.append(block.apply(self.state[block.layer.weight], momenta[-1]) if known else momenta[-1])
         factors = self.length.factors(steps, momenta, max(group["lr"] for group in self.param_groups))
+        if not all(map(math.isfinite, factors)) or not isinstance(self.length, UnitEntries):
+            pairs_of = zip(shown, steps, strict=True)
+            if bad := [block for (block, _), ds in pairs_of if not all(bool(d.isfinite().all()) for d in ds)]:
+                self._begin_anew("the step", bad)
+                return None
         foreseen = 0.0
         for (block, gradient), momentum, step, factor in zip(shown, momenta, steps, factors, strict=True):
             for p, g, m, d in zip(block.layer.parameters, gradient, momentum, step, strict=True):
+                if p.grad is None:
+                    continue
                 group = groups[id(p)]
                 rate = group["lr"] * factor
                 if not isinstance(self.rule, Fixed):
@@ -400,29 +416,30 @@ class BlockDiagonal(torch.optim.Optimizer):
                 p.add_(d, alpha=-rate)
         return foreseen
 
-    def _ready(self, block: Block) -> bool:
-        """Whether it has inverses, of all its statistics."""
-        numbers = self.state[block.layer.weight]
-        made = {name.removeprefix("inverse_") for name in numbers if name.startswith("inverse_")}
-        return bool(made) and all(
-            name.removeprefix("statistics_") in made for name in numbers if name.startswith("statistics_")
-        )
-
-    def _has(self, block: Block, prefix: str) -> bool:
-        return any(name.startswith(prefix) for name in self.state[block.layer.weight])
-
     def _push(self, p: nn.Parameter, g: Tensor, group: dict[str, Any]) -> Tensor:
-        """The momentum of a parameter, with its new gradient."""
-        if not group["momentum"]:
+        """The momentum of a parameter, with its new gradient; zero for one that has none."""
+        if not group["momentum"] or p.grad is None:
             return g.to(statistics_type(p))
         state = self.state[p]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(p, dtype=statistics_type(p), memory_format=torch.contiguous_format)
         return state["momentum"].mul_(group["momentum"]).add_(g)
 
+    def state_dict(self) -> dict[str, Any]:
+        """As every optimiser's; the first group says what the blocks are."""
+        state = super().state_dict()
+        state["param_groups"][0]["blocks"] = described(self._blocks)
+        return state
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As every optimiser's, but statistics keep their type: torch would round them to the parameters'."""
+        """As every optimiser's, but statistics keep their type: torch would round them to the parameters'.
+
+        Raises:
+            ValueError: it is the state of another kind of optimiser, or of blocks of other sizes.
+        """
+        check_state(state_dict, self._blocks)
         super().load_state_dict(state_dict)
+        self.param_groups[0].pop("blocks")
         places = [place for group in state_dict["param_groups"] for place in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for place, p in zip(places, params, strict=True):

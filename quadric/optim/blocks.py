@@ -222,7 +222,47 @@ def started(numbers: Numbers, name: str, shape: Sequence[int], like: Tensor) -> 
 
 def positions(calls: Sequence[Call], layer: Layer) -> int:
     """At how many positions of how many examples a layer's linear map has been applied."""
-    return sum(call.cotangent.numel() for call in calls) // len(layer.weight)
+    return sum(call.cotangent.numel() for call in calls) // len(layer.weight) if calls else 0
+
+
+def shown_by(blocks: Sequence[Block]) -> list[tuple[Block, Gradient]]:
+    """Those of layers that have a gradient, with it.
+
+    Raises:
+        ValueError: none has; one is sparse.
+    """
+    shown: list[tuple[Block, Gradient]] = []
+    for block in blocks:
+        if all(p.grad is None for p in block.layer.parameters):
+            continue
+        gradient = block.layer.gradient
+        if any(g.is_sparse for g in gradient):
+            raise ValueError(
+                f"the gradient of {block.layer.name} is sparse: build the embedding with sparse=False, or give it to "
+                "torch.optim.SparseAdam and leave it out of params"
+            )
+        shown.append((block, gradient))
+    if not shown:
+        raise ValueError("no parameter has a gradient: call backward() before step(), or give step() a closure")
+    return shown
+
+
+def forget(numbers: Numbers, prefix: str = "") -> None:
+    """Drops what has names of this beginning, but for the momentum."""
+    for name in [name for name in numbers if name.startswith(prefix) and name != "momentum"]:
+        del numbers[name]
+
+
+def has_statistics(numbers: Numbers) -> bool:
+    """Whether a block has any."""
+    return any(name.startswith("statistics_") for name in numbers)
+
+
+def ready(numbers: Numbers) -> bool:
+    """Whether a block has inverses, of all its statistics."""
+    made = {name.removeprefix("inverse_") for name in numbers if name.startswith("inverse_")}
+    wanted = {name.removeprefix("statistics_") for name in numbers if name.startswith("statistics_")}
+    return bool(made) and wanted <= made
 
 
 def shift_of(damping: float, mean: Tensor) -> Tensor:

@@ -7,12 +7,30 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from quadric.optim.damping import Damping
+
 
 def check_rates(**options: float) -> None:
     """Refuses what is negative, infinite or NaN, and a momentum of one or more."""
     for name, value in options.items():
+        if not isinstance(value, int | float) and not isinstance(value, Tensor):
+            raise ValueError(f"{name}={value!r}: give a number")
         if not 0 <= value < (1 if name == "momentum" else math.inf):
             raise ValueError(f"{name}={value}: must be at least 0" + (" and less than 1" if name == "momentum" else ""))
+
+
+def check_parts(model: object, damping: object, *parts: tuple[str, object, type]) -> None:
+    """Refuses a model that is none, a damping that no inverse can be made with, and parts of another type."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"model is a {type(model).__name__}: give the module itself, whose layers are looked at; parameters or "
+            "groups of it may follow as params"
+        )
+    if isinstance(damping, int | float) and not 0 < damping < math.inf:
+        raise ValueError(f"damping={damping}: must be positive: statistics of few steps have no inverse without it")
+    for name, part, kind in (("damping", damping, float | int | Damping), *parts):
+        if not isinstance(part, kind):
+            raise ValueError(f"{name}={part!r}: give {getattr(kind, '__name__', 'a number, or a rule of damping')}")
 
 
 def loss_of(value: Any) -> float:

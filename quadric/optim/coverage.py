@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from quadric.comm.communicator import Communicator
 from quadric.objective.memory import free
 from quadric.optim.blocks import Block, statistics_type
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,3 +82,41 @@ def check_present(model: nn.Module, blocks: Sequence[Block]) -> None:
 
 def _bytes(block: Block) -> int:
     return block.elements * statistics_type(block.layer.weight).itemsize
+
+
+def tell_left_out(model: nn.Module, blocks: Sequence[Block]) -> bool:
+    """Warns of parameters that have a gradient and no block; whether there are any."""
+    known = {id(p) for block in blocks for p in block.layer.parameters}
+    names = [name for name, p in model.named_parameters() if p.grad is not None and p.numel() and id(p) not in known]
+    if names:
+        logger.warning(
+            "%s and %d more stay as they are: they were frozen when the optimiser was made; "
+            "add_param_group() takes them",
+            names[0],
+            len(names) - 1,
+        )
+    return bool(names)
+
+
+def described(blocks: Sequence[Block]) -> list[str]:
+    """Each block in words, by which `check_state` knows it again."""
+    return [f"{type(block).__name__}, {block.shape}" for block in blocks]
+
+
+def check_state(state: Mapping[str, Any], blocks: Sequence[Block]) -> None:
+    """Refuses a state that is not of such blocks.
+
+    Raises:
+        ValueError: it is of another optimiser, or another model.
+    """
+    groups = state.get("param_groups") or [{}]
+    theirs, ours = groups[0].get("blocks"), described(blocks)
+    if theirs is None:
+        raise ValueError("state_dict is not of an optimiser of blocks: load what the same optimiser has saved")
+    if theirs != ours:
+        pairs = zip((*theirs, *[None] * len(ours)), (*ours, *[None] * len(theirs)), strict=False)
+        first = next((a, b) for a, b in pairs if a != b)
+        raise ValueError(
+            f"state_dict has the block {first[0]!r} where this optimiser has {first[1]!r}: load the state of the same "
+            "method with the same options, on the same model"
+        )

@@ -53,14 +53,14 @@ class Layer:
 
 
 def find_layers(model: nn.Module, params: Iterable[nn.Parameter]) -> list[Layer]:
-    """Each of ``params``, which are of ``model``, in exactly one layer.
+    """Each of ``params``, which are of ``model``, in exactly one layer; those without entries in none.
 
     A tied parameter belongs to the first module that holds it; where its modules are of different kinds, its layer is
     of `Kind.OTHER`.
     """
     layers: list[Layer] = []
     places: dict[int, int] = {}
-    wanted = {id(p) for p in params}
+    wanted = {id(p) for p in params if p.numel()}
     for prefix, module in model.named_modules():
         for layer in _of(module, f"{prefix}." if prefix else "", wanted - places.keys()):
             layers.append(layer)

@@ -22,7 +22,7 @@ class Length(ABC):
 
     @abstractmethod
     def factors(self, steps: Sequence[Tensors], gradients: Sequence[Tensors], lr: float) -> list[float]:
-        """One factor for each layer.
+        """One factor for each layer; where a step is not finite, any number or NaN.
 
         Args:
             steps: of each layer, what would be subtracted from its parameters at a learning rate of one.
@@ -62,6 +62,9 @@ class UnitEntries(Length):
     """Such that the entries of each layer's step have a root mean square of one: a rate means what it does in Adam."""
 
     def factors(self, steps: Sequence[Tensors], gradients: Sequence[Tensors], lr: float) -> list[float]:
-        squares = torch.stack([torch.stack(torch._foreach_norm(list(ds))).square().sum() for ds in steps])
+        norms = torch.stack([torch.stack(torch._foreach_norm(list(ds))).double().norm() for ds in steps]).tolist()
+        if not all(map(math.isfinite, norms)):  # in float32 from entries of 1.8e19 on
+            norms = [math.hypot(*(float(d.double().norm()) for d in ds)) for ds in steps]
         sizes = [sum(d.numel() for d in ds) for ds in steps]
-        return [math.sqrt(n / s) if s > 0 else 1.0 for n, s in zip(sizes, squares.tolist(), strict=True)]
+        known = zip(sizes, norms, strict=True)
+        return [1.0 if s == 0 else math.sqrt(n) / s if s < math.inf else math.nan for n, s in known]

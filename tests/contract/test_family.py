@@ -20,6 +20,7 @@ from cases import draw
 from quadric.loss.loss import CrossEntropy
 from quadric.objective.objective import Objective
 from quadric.optim.block_diagonal import BlockDiagonal, Schedule
+from quadric.optim.length import UnitEntries
 
 Build = Callable[..., BlockDiagonal]
 SCHEDULE = Schedule(statistics=2, inverses=3)
@@ -408,3 +409,81 @@ def test_a_layer_that_is_used_late_or_never(build: Build) -> None:
         optimizer.step(closure)
         assert torch.equal(point(spare), before) == (step <= 4)
         assert point(both).isfinite().all()
+
+
+def test_what_is_frozen_later_stays_as_well(build: Build) -> None:
+    """Whatever its momentum, and the decay of weights."""
+    model = small()
+    optimizer = build(model, lr=0.01, weight_decay=0.1)
+    train(model, optimizer, range(3))
+    frozen = [model[0].bias, model[3].weight, model[5].weight, model[5].bias]
+    before = [p.requires_grad_(False).detach().clone() for p in frozen]
+    moving = model[0].weight.detach().clone()
+    train(model, optimizer, range(3, 6))
+    assert all(torch.equal(p, old) for p, old in zip(frozen, before, strict=True))
+    assert not torch.equal(model[0].weight, moving)
+
+
+def test_a_number_is_a_parameter_like_others(build: Build) -> None:
+    model = small()
+    model.temperature = nn.Parameter(torch.tensor(1.0))
+    model.nothing = nn.Parameter(torch.zeros(0, 3))
+    optimizer = build(model, lr=0.01)
+    for step in range(3):
+        advance(optimizer, lambda step=step: loss(model, step) * model.temperature + model.nothing.sum())  # type: ignore[misc]
+    assert float(model.temperature.detach()) != 1.0 and point(model).isfinite().all()
+
+
+def test_a_step_that_overflows_is_scaled_or_skipped(build: Build, caplog: pytest.LogCaptureFixture) -> None:
+    """Curvature of a tiny loss, and then a loss of ordinary size: no parameter is lost, and none stands still."""
+    for tiny, large in ((1e-12, 1.0), (1e-16, 1e6)):
+        model = small()
+        optimizer = build(model, lr=0.01, schedule=Schedule(1, 4), patience=20)
+        for step in range(5):
+            advance(optimizer, lambda step=step: loss(model, step) * tiny)  # type: ignore[misc]  # noqa: B023
+        for step in range(5, 13):
+            before = point(model)
+            advance(optimizer, lambda step=step: loss(model, step) * large)  # type: ignore[misc]  # noqa: B023
+        assert point(model).isfinite().all()
+        if isinstance(optimizer.length, UnitEntries):
+            assert not torch.equal(point(model), before) and point(model).norm() < 100
+
+
+def test_a_state_of_another_kind_is_refused(build: Build) -> None:
+    model = small()
+    optimizer = build(model)
+    train(model, optimizer, range(2))
+    adam = torch.optim.Adam(small().parameters())
+    with pytest.raises(ValueError, match="state_dict is not of an optimiser of blocks"):
+        optimizer.load_state_dict(adam.state_dict())
+    wider = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 4))
+    with pytest.raises(ValueError, match=r"state_dict has the block .* where this optimiser has .*: load the state of"):
+        build(wider).load_state_dict(optimizer.state_dict())
+
+
+def test_parameters_that_were_frozen_at_first_are_told_of(build: Build, caplog: pytest.LogCaptureFixture) -> None:
+    model = small()
+    model[0].requires_grad_(False)
+    optimizer = build(model, schedule=Schedule(1, 4))
+    train(model, optimizer, range(2))
+    assert "stay as they are" not in caplog.text
+    model[0].requires_grad_(True)
+    train(model, optimizer, range(2, 9))
+    assert caplog.text.count("0.weight and 1 more stay as they are: they were frozen when the optimiser was made") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"damping": math.nan}, "damping=nan: must be positive"),
+        ({"damping": "small"}, "damping='small': give a number, or a rule of damping"),
+        ({"schedule": 5}, "schedule=5: give Schedule"),
+        ({"length": "unit"}, "length='unit': give Length"),
+        ({"lr": None}, "lr=None: give a number"),
+    ],
+)
+def test_parts_of_another_type_are_refused(build: Build, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(small(), **options)
+    with pytest.raises(ValueError, match="model is a generator: give the module itself"):
+        build(small().parameters())

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from cases import draw
-from quadric.optim.block_diagonal import BlockDiagonal, Schedule
+from quadric.optim.block_diagonal import UNHEARD, BlockDiagonal, Schedule
 from quadric.optim.capture import Capture, examples
 from quadric.optim.kfac import kfac
 from quadric.optim.layers import find_layers
@@ -271,6 +271,22 @@ def blocks(optimizer: BlockDiagonal) -> list[str]:
     return [layer.block for layer in optimizer.coverage]
 
 
+def test_a_layer_that_is_left_out_for_a_while_keeps_its_block() -> None:
+    """As an expert that no example is sent to, whose weights an L2 term in the loss still moves."""
+    model = Bypassed()
+    optimizer = kfac(model, lr=0.01, schedule=Schedule(1, 100))
+    train(model, optimizer, 3)
+    held = optimizer.state[model.second.weight]["statistics_A"].clone()
+    model.bypass = True
+    train(model, optimizer, 5)
+    assert torch.equal(optimizer.state[model.second.weight]["statistics_A"], held)
+    model.bypass = False
+    train(model, optimizer, 1)
+    assert blocks(optimizer) == ["Kronecker", "Kronecker"]
+    assert not torch.equal(optimizer.state[model.second.weight]["statistics_A"], held)
+    assert "unheard" not in optimizer.state[model.second.weight]
+
+
 def test_a_layer_whose_module_is_not_called_has_mini_blocks_from_then_on(caplog: pytest.LogCaptureFixture) -> None:
     model = Bypassed()
     optimizer = kfac(model, lr=0.01, schedule=Schedule(1, 100))
@@ -279,7 +295,7 @@ def test_a_layer_whose_module_is_not_called_has_mini_blocks_from_then_on(caplog:
     model.bypass = True
     before = model.second.weight.detach().clone()
     with caplog.at_level(logging.WARNING):
-        train(model, optimizer, 1)
+        train(model, optimizer, UNHEARD - 1)
         assert blocks(optimizer) == ["Kronecker", "Kronecker"] and not caplog.messages
         train(model, optimizer, 1)
     assert caplog.messages == ["second.weight: its module is not called; it has Averaged"]
