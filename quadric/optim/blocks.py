@@ -34,6 +34,8 @@ class Call:
         outputs: the sum of its outputs over examples and positions, ``[outputs]``, where the block is a `SecondLook`.
         packed: of a packed sequence, which one: its calls are of the first examples of all, with the longest sequences.
         filled: examples at the end that are nothing but zeros.
+        biased: whether what is added is the layer's bias, and the 1 that stands for it is appended to the inputs. Not
+            in calls of a module that shares the weight and has a bias of its own, or none: there it is a 0.
     """
 
     inputs: Tensor
@@ -42,6 +44,7 @@ class Call:
     outputs: Tensor | None = None
     packed: int | None = None
     filled: int = 0
+    biased: bool = True
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from quadric.optim.blocks import Call, statistics_type
@@ -41,9 +42,12 @@ class Capture:
     """Records the calls of the modules of ``layers``.
 
     A call counts if it is of a module that holds the layer's weight itself, in a forward pass with gradients enabled,
-    and if a backward pass comes through it. Several calls in a pass and several passes, whose gradients are
-    accumulated, are all there. Passes are forgotten where the gradient is: after ``zero_grad()``, and where the
-    weight has no gradient as the next pass comes.
+    and if a backward pass comes through it that makes a gradient of the weight (of the bias, where the weight is
+    frozen): one for the gradient of something else, such as ``torch.autograd.grad(loss, inputs)``, is none of these.
+    Several calls in a pass and several passes, whose gradients are accumulated, are all there. Passes whose gradient
+    ``torch.autograd.grad`` returns count where no other pass adds to the weight's. Passes are forgotten where the
+    gradient is: after ``zero_grad()``, and where the weight has no gradient as the next pass comes. Calls of no
+    examples are no calls.
 
     Calls under ``torch.compile``, ``torch.func`` transforms and `torch.nn.DataParallel` are not recorded. Recomputed
     activations (``torch.utils.checkpoint``) are kept in the steps that record, and save nothing there.
@@ -62,6 +66,7 @@ class Capture:
         self._due, self._forced = due, False
         self._calls: dict[int, list[tuple[int, _Later]]] = {}
         self._passes: dict[int, int] = {}
+        self._added: set[int] = set()
         self._serial = itertools.count()
         places = {id(layer.weight): place for place, layer in enumerate(self.layers)}
         hooks = []
@@ -100,7 +105,7 @@ class Capture:
 
     def clear(self) -> None:
         """Forgets what is recorded."""
-        self._calls, self._passes = {}, {}
+        self._calls, self._passes, self._added = {}, {}, set()
 
     def called(
         self, places: Mapping[str, int], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -117,23 +122,24 @@ class Capture:
             return None
         if not fused(module):
             if isinstance(output, Tensor):
-                self._plain(places["weight"], args[0] if args else kwargs["input"], output)
+                self._plain(places["weight"], module, args[0] if args else kwargs["input"], output)
         elif draws(module) or isinstance(module, nn.RNNCellBase):
             return self._unfused(places, module, own, args, kwargs, output)
         else:
-            self._await(places, outputs, Rerun(module, own, args, kwargs).cotangents)
+            self._await(places, own, outputs, Rerun(module, own, args, kwargs).cotangents)
         return None
 
-    def _plain(self, place: int, inputs: Tensor, output: Tensor) -> None:
+    def _plain(self, place: int, module: nn.Module, inputs: Tensor, output: Tensor) -> None:
         """Of a module that makes one product."""
         layer, inputs = self.layers[place], inputs.detach()
+        biased = getattr(module, "bias", None) is layer.bias
         total = _sum(output.detach(), layer) if layer in self._outputs else None
 
         def arrived(cotangent: Tensor) -> None:
             g = cotangent.detach()
             a, g = (inputs.unsqueeze(0), g.unsqueeze(0)) if inputs.dim() < layer.weight.dim() else (inputs, g)
-            if self.listening:
-                self._record([place], lambda place, number: [Call(a, g, number, total)])
+            if g.numel() and self.listening:
+                self._record([place], lambda place, number: [Call(a, g, number, total, biased=biased)])
 
         output.register_hook(arrived)
 
@@ -143,32 +149,41 @@ class Capture:
         """What is to be in the place of the output, made by products whose cotangents arrive in the same pass."""
         known = _UNFUSED.get(tensors(output)[0])
         if known is not None:  # by the hook of another optimiser
-            self._await(places, *known)
+            self._await(places, own, *known)
             return None
         made, products = results(module, own, args, kwargs, draws(module))
         at, found = wanted(products)
-        self._await(places, at, found)
+        self._await(places, own, at, found)
         rest = iter(made)
         output = with_tensors(output, lambda z: next(rest).to(z.dtype))
         _UNFUSED[tensors(output)[0]] = at, found
         return output
 
     def _await(
-        self, places: Mapping[str, int], at: Sequence[Tensor], found: Callable[[Sequence[Tensor | None]], list[Found]]
+        self,
+        places: Mapping[str, int],
+        own: Weights,
+        at: Sequence[Tensor],
+        found: Callable[[Sequence[Tensor | None]], list[Found]],
     ) -> None:
         """Of a module whose products are ``found`` of the gradients at some tensors, when they are asked for."""
         count, names, serial = len(at), {place: name for name, place in places.items()}, next(self._serial)
+        biases = {name: own.get(name.replace("weight", "bias")) for name in places}
         newest: list[Any] = [None, lambda: None]
 
         def record(task: int) -> _Arrived:
             arrived = _Arrived([None] * count, found)
             newest[:] = task, weakref.ref(arrived)
-            self._record(names, lambda place, number: self._made(place, names[place], arrived, number, serial))
+
+            def later(place: int, number: int) -> list[Call]:
+                return self._made(place, names[place], biases[names[place]], arrived, number, serial)
+
+            self._record(names, later)
             return arrived
 
         def awaited(k: int) -> Callable[[Tensor | None], None]:
             def arrive(cotangent: Tensor | None) -> None:
-                if cotangent is not None and self.listening:
+                if cotangent is not None and cotangent.numel() and self.listening:
                     task = torch._C._current_graph_task_id()
                     arrived = newest[1]() if newest[0] == task else None
                     (arrived or record(task)).cotangents[k] = cotangent.detach()
@@ -179,31 +194,38 @@ class Capture:
             if z.requires_grad:
                 z.register_hook(awaited(k))
 
-    def _made(self, place: int, name: str, arrived: _Arrived, number: int, serial: int) -> list[Call]:
-        """The calls that belong to one weight."""
+    def _made(
+        self, place: int, name: str, bias: Tensor | None, arrived: _Arrived, number: int, serial: int
+    ) -> list[Call]:
+        """The calls that belong to one weight; ``bias`` is what the module has added."""
         calls, layer = [], self.layers[place]
         for product, cotangent in arrived.found:
             if product.name == name:
                 runs = list(product.calls(cotangent, len(layer.weight)))
                 packed = serial if len(runs) > 1 else None
                 for a, g in runs:
-                    total = product.total(a, *layer.parameters) if layer in self._outputs else None
-                    calls.append(Call(a, g, number, total, packed))
+                    total = product.total(a, layer.weight, bias) if layer in self._outputs else None
+                    calls.append(Call(a, g, number, total, packed, biased=bias is layer.bias))
         return calls
 
     def _record(self, places: Iterable[int], later: _Later) -> None:
-        """Keeps what the calls of one call of a module will be made of."""
+        """Keeps what the calls of one call of a module will be made of, if the pass makes a gradient of the weight."""
         current = torch._C._current_graph_task_id()
         for place in places:
-            found = self._calls.setdefault(place, [])
-            if current != self._passes.get(place):
+            adds = _adds(self.layers[place])
+            if adds is None:
+                continue
+            begins = current != self._passes.get(place)
+            if begins and self.layers[place].weight.grad is None:
+                self._calls.pop(place, None)
+                self._added.discard(place)
+            if adds and place not in self._added:
+                self._calls.pop(place, None)
+                self._added.add(place)
+            if adds or place not in self._added:
                 self._passes[place] = current
-                if self.layers[place].weight.grad is None:
-                    found.clear()
-                number = found[-1][0] + 1 if found else 0
-            else:
-                number = found[-1][0]
-            found.append((number, later))
+                found = self._calls.setdefault(place, [])
+                found.append((found[-1][0] + begins if found else 0, later))
 
 
 class _Calls(Mapping[Layer, list[Call]]):
@@ -255,6 +277,20 @@ class _Tap:
 
     def __reduce__(self) -> tuple[type[_Tap], tuple[()]]:
         return _Tap, ()
+
+
+def _adds(layer: Layer) -> bool | None:
+    """Whether the backward pass that runs adds to the gradient of a layer's weight, of its bias if that is frozen.
+
+    False: ``torch.autograd.grad`` returns it. None: the pass makes none.
+    """
+    trained = next((p for p in layer.parameters if p.requires_grad), None)
+    if trained is None:
+        return None
+    try:
+        return True if torch._C._will_engine_execute_node(get_gradient_edge(trained).node) else None
+    except RuntimeError:  # what torch has to say of a leaf whose gradient is returned
+        return False
 
 
 def _remove(hooks: Sequence[Any]) -> None:

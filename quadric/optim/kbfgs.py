@@ -165,7 +165,7 @@ class KroneckerPairs(Kronecker, SecondLook):
         numbers["observed"] += 1
         count, keep = seen.positions or positions(seen.calls, self.layer), 1 - share
         for call in seen.calls:
-            self._add_inputs(A, call.inputs, keep, share / count)
+            self._add_inputs(A, call, keep, share / count)
             keep = 1.0
         if not seen.calls:  # on this rank, of those whose statistics are put together
             A.mul_(keep)
@@ -187,7 +187,7 @@ class KroneckerPairs(Kronecker, SecondLook):
             inputs, gradients = self._sums(call, a.dtype)
             y += gradients.sum(0) / seen.scale
             a[:entries] += inputs.sum(0)
-            a[entries:] += at
+            a[entries:] += at * call.biased
             count += at
         return [z, y, a, count]
 

@@ -33,7 +33,10 @@ class KroneckerFactors:
     Attributes:
         sharing: what a layer that is applied at several positions of an example, such as frames or pixels, or several
             times, makes of them: ``"expand"`` takes every position for an example, ``"reduce"`` the mean of the inputs
-            and the sum of the gradients (Eschenhagen et al., 2023).
+            and the sum of the gradients (Eschenhagen et al., 2023). ``"reduce"`` takes dimension 0 of what a module is
+            called with for the examples: of inputs ``[T, B, d]`` to `torch.nn.Linear`, time first, it reduces over the
+            B sequences and not over time. Have such inputs batch first, or give ``"expand"``, whose factors differ by
+            their scale alone.
         pi: how damping is split. lambda, a share of the mean curvature tr(A) tr(G) / (n_A n_G), adds pi sqrt(lambda) to
             A and sqrt(lambda) / pi to G. ``"trace"``: pi^2 = (tr(A) / n_A) / (tr(G) / n_G), each factor's diagonal
             grows by the same share, and steps of a given length are those of the loss times any number
@@ -104,6 +107,8 @@ def kfac(
 class Kronecker(Block):
     """A = E[a a'] and G = E[g g'] of the inputs a, with a 1 appended for the bias, and the gradients g at the outputs.
 
+    Where a module with another bias, or none, shares the weight, a 0 is appended in its calls.
+
     The direction is G^-1 D A^-1, D = [D_W, D_b]. Of N examples at R positions each, A is the mean over all N R and G
     the mean over the N of the sum over the R, so that A x G is of the Fisher matrix's scale.
     """
@@ -141,14 +146,14 @@ class Kronecker(Block):
         of_G = share * seen.squares * own / taken
         if self.options.sharing == "reduce":
             for a, g in self._reduced(calls, A.dtype):
-                _add(A, a, keep, share * (own / seen.examples) / taken)
+                gram_(A, a, keep, share * (own / seen.examples) / taken)
                 gram_(G, g, keep, of_G)
                 keep = 1.0
             return
         at, all_of = positions(calls, self.layer), positions(seen.calls, self.layer)
         of_A = share * (all_of / (seen.positions or all_of)) / at
         for call in calls:
-            self._add_inputs(A, call.inputs, keep, of_A)
+            self._add_inputs(A, call, keep, of_A)
             gram_(G, self._at_outputs(call.cotangent).to(G.dtype), keep, of_G)
             keep = 1.0
 
@@ -179,18 +184,27 @@ class Kronecker(Block):
         return numbers["inverse_G"] @ x
 
     def _reduced(self, calls: Sequence[Call], dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-        """Of each pass the mean input over the positions of each example, and the sum of the gradients."""
+        """Of each pass the mean input over the positions of each example, with its 1, and the sum of the gradients."""
         pairs = []
         for own in passes(self.layer, calls, "give sharing='expand'"):
             sums, totals = zip(*(self._sums(call, dtype) for call in own), strict=True)
             positions = torch.zeros(len(sums[0]), 1, dtype=dtype, device=sums[0].device)
+            ones = torch.zeros_like(positions)
             for call in own:
-                positions[: len(call.inputs) - call.filled] += call.cotangent[0].numel() / self.outputs
-            pairs.append((torch.stack(sums).sum(0) / positions, torch.stack(totals).sum(0)))
+                R, some = call.cotangent[0].numel() / self.outputs, slice(len(call.inputs) - call.filled)
+                positions[some] += R
+                ones[some] += R * call.biased
+            laid = [torch.stack(sums).sum(0), ones][: 1 if self.layer.bias is None else 2]
+            pairs.append((torch.cat(laid, 1) / positions, torch.stack(totals).sum(0)))
         return pairs
 
-    def _add_inputs(self, A: Tensor, inputs: Tensor, keep: float, factor: float) -> None:
-        _add(A, inputs.reshape(-1, inputs.shape[-1]).to(A.dtype), keep, factor)
+    def _add_inputs(self, A: Tensor, call: Call, keep: float, factor: float) -> None:
+        """A <- keep A + factor sum [a, 1]' [a, 1], without the 1 where A is as wide as a is."""
+        rows = call.inputs.reshape(-1, call.inputs.shape[-1]).to(A.dtype)
+        width = rows.shape[1]
+        gram_(A[:width, :width], rows, keep, factor)
+        if width < len(A):
+            _add_bias(A, rows.sum(0), len(rows), keep, factor * call.biased)
 
     def _at_outputs(self, cotangent: Tensor) -> Tensor:
         """``[positions, outputs]``."""
@@ -216,12 +230,12 @@ class KroneckerPatches(Kronecker):
         assert isinstance(layer.module, nn.Conv1d | nn.Conv2d)
         self.patches = Patches(layer.module)
 
-    def _add_inputs(self, A: Tensor, inputs: Tensor, keep: float, factor: float) -> None:
-        entries = self.layer.weight[0].numel()
+    def _add_inputs(self, A: Tensor, call: Call, keep: float, factor: float) -> None:
+        inputs, entries = call.inputs, self.layer.weight[0].numel()
         self.patches.gram_(A[:entries, :entries], inputs, keep, factor)
         if entries < self.inputs:
             positions = self.patches.positions(inputs)
-            _add_bias(A, self.patches.sums(inputs, A.dtype).sum(0), positions, keep, factor)
+            _add_bias(A, self.patches.sums(inputs, A.dtype).sum(0), positions, keep, factor * call.biased)
 
     def _at_outputs(self, cotangent: Tensor) -> Tensor:
         return cotangent.transpose(0, 1).flatten(1).T
@@ -236,15 +250,7 @@ class KroneckerPatches(Kronecker):
         return self.patches.weight(matrix, self.layer.weight)
 
 
-def _add(A: Tensor, rows: Tensor, keep: float, factor: float) -> None:
-    """A <- keep A + factor [a, 1]' [a, 1] of rows a, without the 1 where A is as wide as they are."""
-    width = rows.shape[1]
-    gram_(A[:width, :width], rows, keep, factor)
-    if width < len(A):
-        _add_bias(A, rows.sum(0), len(rows), keep, factor)
-
-
 def _add_bias(A: Tensor, sums: Tensor, positions: int, keep: float, factor: float) -> None:
-    """The last row of `_add`, from the sum of the rows and their number."""
+    """The last row of A, from the sum of the inputs and their number."""
     A[-1, :-1].mul_(keep).add_(sums, alpha=factor)
     A[-1, -1].mul_(keep).add_(factor * positions)

@@ -33,7 +33,9 @@ class MiniBlocks:
         exponent: of the inverse: -1, or -1/2 for its square root.
         per_example: blocks of the gradients of single examples, the mean of their outer products (the empirical
             Fisher matrix), instead of those of the batch's gradient. Where a layer's calls do not show them, of the
-            batch's.
+            batch's. Dimension 0 of what a module is called with is taken for the examples: of inputs ``[T, B, d]`` to
+            `torch.nn.Linear`, time first, an example is a frame of all B sequences, and its gradient their sum. Have
+            such inputs batch first. Recurrent layers and attention say themselves, by ``batch_first``.
     """
 
     averaged: bool = True

@@ -45,7 +45,7 @@ def factors_of_examples(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """A few examples at a time: what the gradient of each is made of.
 
-    With inputs ``a [n, R, entries]``, of which the last is 1 where the layer has a bias, and cotangents
+    With inputs ``a [n, R, entries]``, of which the last is 1 where the layer's bias is added, and cotangents
     ``g [n, R, outputs]`` at R positions, it is sum_r g_r a_r', ``[outputs, entries]``, of an example's part of the
     mean loss. Entries are those of the weight; of kernels, in the order of `Patches`.
 
@@ -64,7 +64,8 @@ def factors_of_examples(
             pairs = [_rows(patches, call.inputs[some], call.cotangent[some], dtype) for call in own]
             a, g = (torch.cat(parts, 1) if len(parts) > 1 else parts[0] for parts in zip(*pairs, strict=True))
             if layer.bias is not None:
-                a = torch.cat([a, a.new_ones(*a.shape[:2], 1)], 2)
+                ones = [x.new_full((*x.shape[:2], 1), call.biased) for call, (x, _) in zip(own, pairs, strict=True)]
+                a = torch.cat([a, torch.cat(ones, 1)], 2)
             yield a, g
 
 

@@ -109,6 +109,20 @@ def test_it_learns(build: Build) -> None:
     assert all(math.isfinite(value) for value in values)
 
 
+def test_a_batch_of_no_examples_is_a_step_of_nothing_new(build: Build) -> None:
+    """By momentum alone; the first as well as a later one, and one of several accumulated."""
+    model = small()
+    optimizer = build(model, lr=0.01)
+    for step in range(4):
+        before = point(model)
+        advance(optimizer, lambda: model(batch(0)[0][:0]).sum())
+        assert torch.equal(point(model), before) is (step == 0)
+        advance(optimizer, lambda: loss(model, 0) + model(batch(0)[0][:0]).sum())
+    assert point(model).isfinite().all() and optimizer.param_groups[0]["skipped"] == 0
+    fewer = [layer for layer in optimizer.coverage if "not called" in layer.why]
+    assert not fewer
+
+
 def test_every_parameter_moves_and_is_named_once_in_the_coverage(build: Build) -> None:
     torch.manual_seed(0)
     model = Zoo()

@@ -93,6 +93,20 @@ def test_layers_that_are_called_at_every_step_have_one_gradient_an_example(avera
 
 
 @pytest.mark.parametrize("averaged", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_tied_weight_has_the_bias_of_its_own_module(averaged: bool, bias: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3, bias=bias)).double()
+    model[2].weight = model[0].weight
+    options, x, y = MiniBlocks(averaged, per_example=True), draw(4, 3), draw(4, 3, seed=1)
+    single = examples_gradients(model, model[0], x, y)
+    gradient, step = moved(model, model[0], options, [(x, y)])
+    blocks, alike = blocks_of(model[0], options)
+    shift = 0.1 * float(torch.stack(single).square().mean())
+    torch.testing.assert_close(step, mini_blocks.direction(single, gradient, blocks, alike, shift, -1.0))
+
+
+@pytest.mark.parametrize("averaged", [True, False])
 def test_a_few_examples_at_a_time_are_as_good(averaged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     x, y, steps = draw(6, 5, 4), draw(6, 5, 3, seed=1), []
     for chunk in (2**22, 40):
