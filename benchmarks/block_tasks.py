@@ -9,7 +9,8 @@ error. cifar and cifar_vgg are ResNet32 and VGG16 with batch normalisation on CI
 mirrored; at the full rate a step takes 5e-4 off the weights, whatever the method, as decoupled weight decay of
 5e-4 / lr would. cora and citeseer are the graph convolutional network of Kipf and Welling (2017), on the whole graph,
 with their penalty of 5e-4, here on both layers. ``--narrow`` halves the autoencoders' layers and ResNet32's (a quarter
-of those of faces and of VGG16's), for machines of few cores.
+of those of faces and of VGG16's), for machines of few cores. ``--data`` is the folder that holds ``mnist/``,
+``orl_faces/``, ``cifar10/`` and ``planetoid/``: the parent of what the recipes' ``data=`` names.
 
 Each method is tuned by ``--trials`` of a random search, log-uniform in the ranges of the table ``METHODS``, each for
 the same seconds of training (drawing the data included, evaluation excluded) from the start of seed 0: the k-th trial
@@ -43,7 +44,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from common import now
+from common import check_machine, now
 from quadric.files import new_file
 from quadric.objective.anchor import Anchor
 from quadric.objective.objective import Objective
@@ -332,7 +333,7 @@ def _value(text: str) -> tuple[str, float]:
 def arguments() -> argparse.Namespace:
     """What was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="the folder with mnist/, orl_faces/, cifar10/ and planetoid/")
+    parser.add_argument("--data", type=Path, help="the parent of mnist/, orl_faces/, cifar10/ and planetoid/")
     parser.add_argument("--task", default="mnist", choices=list(TASKS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=[*METHODS, *VARIANTS])
     parser.add_argument("--seconds", type=float, default=60.0, help="of each training")
@@ -352,10 +353,13 @@ def arguments() -> argparse.Namespace:
     chosen = parser.parse_args()
     if chosen.data is None and chosen.task != "curves":
         sys.exit(f"--task {chosen.task} is read from files: give their folder with --data")
+    if chosen.data is not None and not chosen.data.is_dir():
+        sys.exit(f"--data {chosen.data}: there is no such folder")
     if chosen.clock == "cpu" and (chosen.threads != 1 or chosen.device != "cpu"):
         sys.exit("--clock cpu counts the seconds of one core: give --threads 1 and --device cpu with it")
-    if min(chosen.trials, chosen.seeds, chosen.seconds) <= 0:
-        sys.exit("--trials, --seeds and --seconds must be positive")
+    if min(chosen.trials, chosen.seeds) <= 0 or not 0 < chosen.seconds < math.inf:
+        sys.exit("--trials, --seeds and --seconds must be positive numbers")
+    check_machine(chosen)
     given = {name for name, _ in chosen.set}
     for name in chosen.methods if given else ():
         if lacking := [option for option in (METHODS | VARIANTS)[name].ranges if option not in given]:
@@ -366,7 +370,10 @@ def arguments() -> argparse.Namespace:
 def compare(chosen: argparse.Namespace) -> None:
     """Prints the table, and writes it."""
     runs = Runs(chosen.json)
-    task = TASKS[chosen.task](chosen.data, chosen.narrow, torch.device(chosen.device))
+    try:
+        task = TASKS[chosen.task](chosen.data, chosen.narrow, torch.device(chosen.device))
+    except (OSError, ValueError) as error:
+        sys.exit(f"--data {chosen.data}: {error}; give the parent of mnist/, orl_faces/, cifar10/ and planetoid/")
     warm = task.build().to(chosen.device)  # what torch sets up at its first steps is nobody's cost
     Objective(warm, task.loss, [next(task.batches(torch.Generator()))])()
     benchmark, measures = Benchmark(task, runs, chosen), MEASURES[task.accuracy]

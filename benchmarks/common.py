@@ -5,7 +5,9 @@ No benchmark by itself.
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +28,26 @@ def now() -> float:
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def check_machine(chosen: argparse.Namespace) -> None:
+    """Ends the command with a sentence where its ``--threads``, ``--device`` or ``--json`` cannot be."""
+    if chosen.threads < 1:
+        sys.exit(f"--threads {chosen.threads}: must be at least 1")
+    try:
+        device = torch.device(chosen.device)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        sys.exit(f"--device {chosen.device}: give cpu, cuda, cuda:1 and the like")
+    if device.type == "cuda" and (device.index or 0) >= (there := torch.cuda.device_count()):
+        sys.exit(
+            f"--device {chosen.device}: torch finds {there or 'no'} GPU{'s' * (there > 1)} here; give another, or cpu"
+        )
+    if chosen.json is not None and not chosen.json.absolute().parent.is_dir():
+        sys.exit(f"--json {chosen.json}: there is no folder {chosen.json.parent}; make it first")
+    if chosen.json is not None and chosen.json.is_dir():
+        sys.exit(f"--json {chosen.json}: is a folder; give the file in it")
 
 
 @dataclass

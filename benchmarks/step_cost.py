@@ -9,7 +9,9 @@ Every step, from ``zero_grad()`` on, is followed by one of Adam's on a copy of t
 The family's steps are of three kinds: those that make inverses, those that make statistics alone, and the others. Each
 kind is timed ``--repeats`` times (inverses half as often), by turns, and a cycle of T2 steps put together from the
 medians: one of the first kind, T2 / T1 - 1 of the second and the rest of the third. The row is its seconds over those
-of as many median steps of Adam. Peers are timed over a whole cycle of 20 steps, as they come.
+of as many median steps of Adam. The kinds of a peer's steps are not known from outside: the row is the sum of 20 steps
+as they come, a cycle or two, over 20 median steps of Adam. What other work of the machine adds to single steps is thus
+in the sums of peers, but not in the medians of the family: compare the two on a machine that is otherwise idle.
 
 The peers are left out where they cannot be imported: SOAP and Shampoo of `pytorch_optimizer`, torch's Muon (on
 matrices, Adam on the rest), `distributed_shampoo` of torch-shampoo, and `kfac` of kfac-pytorch. The last column is the
@@ -31,7 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from common import Table, now
+from common import Table, check_machine, now
 from quadric.optim.block_diagonal import BlockDiagonal, Schedule
 from quadric.optim.kbfgs import kbfgs, kbfgs_l
 from quadric.optim.kfac import kfac
@@ -40,7 +42,7 @@ from quadric.optim.shampoo import shampoo
 from quadric.optim.tnt import tnt
 
 WINDOW = 20
-"""Steps of a peer's cycle."""
+"""Steps that a peer is timed over: a whole number of its cycles."""
 RATE = 1e-5
 
 Step = Callable[[], None]
@@ -224,13 +226,13 @@ class Race:
         self.ours = Stepper(task, device, method.build)
 
     def ratios(self, repeats: int) -> dict[tuple[int, int], float]:
-        """Seconds of a cycle of the method's steps over those of as many of Adam's."""
+        """Seconds of a cycle of the method's steps over those of as many median steps of Adam's."""
         if isinstance(self.ours.optimizers[0], BlockDiagonal):
             return self._by_kinds(self.ours.optimizers[0], repeats)
         for _ in range(3):
             self._timed()
         pairs = [self._timed() for _ in range(WINDOW)]
-        return {self.method.cycles[0]: sum(ours for ours, _ in pairs) / sum(adam for _, adam in pairs)}
+        return {self.method.cycles[0]: sum(ours for ours, _ in pairs) / (WINDOW * median(adam for _, adam in pairs))}
 
     def _by_kinds(self, optimizer: BlockDiagonal, repeats: int) -> dict[tuple[int, int], float]:
         numbers = {"inverses": T2, "statistics": T2 + T1, "rest": T2 + 1}
@@ -273,6 +275,7 @@ def main() -> None:
     chosen = parser.parse_args()
     if chosen.repeats < 1:
         sys.exit("--repeats must be at least 1")
+    check_machine(chosen)
     torch.set_num_threads(chosen.threads)
     warnings.filterwarnings("ignore")
     table = Table(("task", "method", "t1", "t2", "steps of Adam", "state over parameters"), chosen.json)

@@ -65,6 +65,26 @@ def test_a_cycle_is_put_together_from_the_kinds_of_its_steps(monkeypatch: pytest
     assert ratios[10, 100] == pytest.approx((9 + 9 * 5 + 90 * 3) / 200)
 
 
+def test_a_peer_s_steps_are_summed_over_the_median_of_adam_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock on which one of its 20 steps takes 43 seconds and others 3; Adam's take 2, but for one of 100."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    cost = importlib.import_module("step_cost")
+    peer = cost.Method("SGD", lambda model: torch.optim.SGD(model.parameters(), lr=0.1), ((10, 10),))
+    race = cost.Race(peer, cost.Task(lambda: torch.nn.Linear(3, 2), *draws()), torch.device("cpu"))
+    clock, steps, adams = [0.0], itertools.count(-3), itertools.count(-3)
+
+    def ours() -> None:
+        clock[0] += 43 if next(steps) == 7 else 3
+
+    def adam() -> None:
+        clock[0] += 100 if next(adams) == 11 else 2
+
+    monkeypatch.setattr(cost, "now", lambda: clock[0])
+    ours.optimizers = race.ours.optimizers  # type: ignore[attr-defined]
+    race.ours, race.adam = ours, adam
+    assert race.ratios(2) == {(10, 10): pytest.approx((43 + 19 * 3) / 40)}
+
+
 def draws() -> tuple[torch.Tensor, torch.Tensor, Any]:
     return torch.randn(8, 3), torch.randint(2, (8,)), torch.nn.functional.cross_entropy
 
@@ -248,6 +268,57 @@ def test_values_that_are_set_need_no_search(
     assert [run["asked"]["seed"] for run in kept["runs"]] == [1, 2]
     with pytest.raises(SystemExit, match="--set: adam has eps as well"):
         asked(monkeypatch, block_tasks, points_on_a_line(block_tasks), "--methods", "adam", "--set", "lr=1")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--threads", "0"], "--threads 0: must be at least 1"),
+        (["--device", "foo"], "--device foo: give cpu, cuda"),
+        (["--device", "meta"], "--device meta: give cpu, cuda"),
+        (["--device", "cuda:99"], "--device cuda:99: torch finds .* GPUs? here"),
+        (["--json", "nowhere/runs.json"], "--json nowhere/runs.json: there is no folder nowhere; make it first"),
+        (["--json", "."], "--json .: is a folder"),
+    ],
+)
+@pytest.mark.parametrize("name", ["step_cost", "block_tasks"])
+def test_what_cannot_be_is_said_before_anything_is_measured(
+    name: str,
+    options: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.chdir(tmp_path)
+    line = {"step_cost": ["--tasks", "mlp", "--repeats", "1"], "block_tasks": ["--task", "curves", "--seconds", "1"]}
+    refused(importlib.import_module(name), [*line[name], *options], message, monkeypatch)
+    assert capsys.readouterr().out == ""
+
+
+def refused(benchmark: Any, line: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *line])
+    with pytest.raises(SystemExit, match=f"^{message}"):
+        benchmark.main()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused(block_tasks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused(block_tasks, ["--task", "curves", "--device", "cuda"], "--device cuda: torch finds no GPU", monkeypatch)
+
+
+@pytest.mark.parametrize("seconds", ["nan", "inf", "0", "-1"])
+def test_seconds_are_a_positive_number(seconds: str, block_tasks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused(block_tasks, ["--task", "curves", f"--seconds={seconds}"], "--trials, --seeds and --seconds", monkeypatch)
+
+
+@pytest.mark.parametrize("task", ["mnist", "faces", "cora"])
+def test_data_that_is_not_there_is_named(
+    task: str, block_tasks: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for folder, told in ((tmp_path / "nowhere", "there is no such folder"), (tmp_path, "give the parent of mnist/")):
+        refused(block_tasks, ["--task", task, "--data", str(folder)], f"--data {folder}: .*{told}", monkeypatch)
 
 
 @pytest.mark.parametrize("logistic", [True, False])

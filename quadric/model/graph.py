@@ -93,8 +93,13 @@ class GCN(nn.Module):
         wanted = (self.adjacency.shape[0], self.first.in_features)
         if tuple(features.shape) != wanted:
             raise ValueError(f"features has shape {tuple(features.shape)}; the graph's nodes make it {wanted}")
-        hidden = torch.relu(torch.sparse.mm(self.adjacency, self.first(self._dropped(features))))
-        return torch.sparse.mm(self.adjacency, self.second(self.dropout(hidden)))
+        hidden = torch.relu(self._spread(self.first(self._dropped(features))))
+        return self._spread(self.second(self.dropout(hidden)))
+
+    def _spread(self, rows: Float[Tensor, "N K"]) -> Float[Tensor, "N K"]:
+        """A times ``rows``, in the type of A under autocast too: sparse products there are of mixed types, and fail."""
+        with torch.autocast(rows.device.type, enabled=False):
+            return torch.sparse.mm(self.adjacency, rows.to(self.adjacency.dtype))
 
     def _dropped(self, features: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
         """Dense, after dropout."""

@@ -37,7 +37,7 @@ def one_of(choices: Any) -> Rule:
 def check_name(name: str) -> None:
     """Refuses a job's name that is not that of a folder."""
     if not name or Path(name).name != name:
-        raise ValueError(f"name={name!r}: must be the plain name of a folder")
+        raise ValueError(f"name={name}: must be the plain name of a folder")
 
 
 def check(record: object, **rules: Rule) -> None:

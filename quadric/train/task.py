@@ -219,9 +219,9 @@ class TaskJob:
             except RuntimeError:
                 kind = ""
             if kind not in ("cpu", "cuda"):
-                raise ValueError(f"device={self.device!r}: give cpu, cuda, cuda:1 and the like, or auto")
+                raise ValueError(f"device={self.device}: give cpu, cuda, cuda:1 and the like, or auto")
             if kind == "cuda" and not torch.cuda.is_available():
-                raise ValueError(f"device={self.device!r}: torch finds no GPU here; give cpu, or auto")
+                raise ValueError(f"device={self.device}: torch finds no GPU here; give cpu, or auto")
 
     @property
     def methods(self) -> dict[str, Method]:

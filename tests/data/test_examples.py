@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -73,6 +74,30 @@ def test_ranks_share_what_one_rank_would_be_given(ranks: int, frames: int) -> No
 def test_a_draw_comes_in_parts() -> None:
     assert [len(batch.target) for batch in stream().draw(10, 3)] == [4, 4, 2]
     assert [len(batch.target) for batch in stream(micro=4).draw(10)] == [4, 4, 2]
+
+
+@pytest.mark.parametrize(("parts", "expected"), [(4, [5, 5]), (3, [5, 5]), (5, [4, 4, 2]), (2, [10]), (1, [10])])
+def test_ranks_make_a_draw_s_parts_between_them(parts: int, expected: list[int]) -> None:
+    for rank in range(2):
+        draw = stream(20, shard=(rank, 2)).draw(20, parts)
+        assert [len(batch.target) for batch in draw] == expected
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_change_is_by_the_generator_of_its_purpose_and_place(rank: int) -> None:
+    """The keys are what trainings can be repeated by: a draw's is (2, epoch, position, i), a sample's (3, key, i)."""
+
+    def number(*key: int) -> float:
+        state = int(np.random.SeedSequence(5, spawn_key=key).generate_state(1, np.uint64)[0])
+        return float(torch.rand((), generator=torch.Generator().manual_seed(state)))
+
+    def change(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        return torch.zeros_like(x) + torch.rand((), generator=generator)
+
+    source = stream(10, change=change, micro=2, seed=5, shard=(rank, 2))
+    source.draw(13)
+    for made, place in ((source.draw(6), (2, 1, 3)), (source.sample(6, key=7), (3, 7))):
+        assert [batch.inputs[0].item() for batch in made] == [number(*place, i * 2 + rank) for i in range(2)]
 
 
 def test_inputs_are_changed_where_they_are_drawn_and_prepared_everywhere() -> None:

@@ -46,6 +46,23 @@ def test_gradients() -> None:
     )
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+def test_low_precision_is_near_and_its_gradients_too(sparse: bool) -> None:
+    model, x = small(dropout=0.0)
+    model, x = model.float(), x.float()
+    grads = []
+    for low in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=low):
+            output = model(x.to_sparse() if sparse else x)
+        assert output.dtype == torch.float32
+        output.square().sum().backward()
+        grads.append([output.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    for exact, found in zip(*grads, strict=True):
+        torch.testing.assert_close(found, exact, rtol=0.05, atol=0.02 * float(exact.abs().max()))
+    assert len(grads[0]) == 3 and not torch.equal(grads[0][0], grads[1][0])
+
+
 def test_dropout_is_of_both_layers_inputs() -> None:
     model, _ = small(dropout=0.9)
     x = torch.ones(NODES, 5, dtype=torch.float64)

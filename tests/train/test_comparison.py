@@ -7,7 +7,7 @@ import json
 import signal
 import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,14 @@ import torch
 from torch import nn
 
 from quadric.cli import main
+from quadric.data.examples import ExampleStream
+from quadric.loss.loss import CrossEntropy
 from quadric.optim.block_diagonal import BlockDiagonal
 from quadric.recipes import autoencoder, cifar10, citations
 from quadric.train.block_method import BlockDiagonalMethod
 from quadric.train.comparison import JOB, compare
 from quadric.train.method import FirstOrder, HessianFree
-from quadric.train.task import Autoencoding, Citations, TaskJob
+from quadric.train.task import Autoencoding, Citations, Material, Task, TaskJob
 from quadric.train.trainer import Interrupted
 
 pytestmark = pytest.mark.speech  # the command line and the report need its extra
@@ -94,6 +96,49 @@ def test_what_is_done_is_not_done_again(graphs: Path, tmp_path: Path) -> None:
     assert other.lines[0] == first.lines[0] and other.lines[1].startswith("kfac: ")
 
 
+def best(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(torch.load(folder / "model.pt")["model"])
+
+
+def same(some: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(value, others[name]) for name, value in some.items())
+
+
+@dataclass(frozen=True)
+class Points(Task):
+    """Points in a plane that are drawn, and the side of a line they are on."""
+
+    def load(self, device: torch.device, *, seed: int, shard: tuple[int, int]) -> Material:
+        x = torch.randn(30, 2, generator=torch.Generator().manual_seed(0))
+        side = (x.sum(1) > 0).long()
+        train = ExampleStream(x, side, seed=seed, shard=shard)
+        known = ExampleStream(x, side)
+        return Material(lambda: nn.Linear(2, 2), CrossEntropy(), train, known, known, None)
+
+
+def test_every_training_begins_where_the_data_does(tmp_path: Path) -> None:
+    """That before it has left the stream half-way: the second has seen the same minibatches as it has alone."""
+    both = TaskJob("points", Points(), replace(FIRST, epochs=1.5, gradient_frames=7), replace(BLOCKS, epochs=2))
+    both = replace(both, device="cpu", evaluations=2)
+    compare(both, tmp_path / "both")
+    compare(replace(both, first_order=None), tmp_path / "alone")
+    assert same(*(best(tmp_path / name / "mini_block_fisher") for name in ("both", "alone")))
+
+
+@pytest.mark.parametrize("options", [{"seed": 1}, {"autocast": True}])
+def test_another_seed_or_precision_is_another_training(options: dict[str, Any], graphs: Path, tmp_path: Path) -> None:
+    one = job(graphs, first_order=replace(FIRST, epochs=3), block_diagonal=None)
+    other = replace(one, **options)
+    compare(one, tmp_path / "work")
+    compare(other, tmp_path / "fresh")
+    before, wanted = (best(tmp_path / name / "adamw") for name in ("work", "fresh"))
+    compare(other, tmp_path / "work")
+    after = best(tmp_path / "work" / "adamw")
+    assert same(after, wanted) and not same(after, before)
+    compare(one, tmp_path / "work")
+    assert same(best(tmp_path / "work" / "adamw"), before)
+
+
 def test_a_training_that_was_stopped_goes_on_to_the_same_end(graphs: Path, tmp_path: Path) -> None:
     """With statistics, inverses and momentum: the parameters are the same to the bit."""
     assert threading.current_thread() is threading.main_thread()
@@ -126,9 +171,11 @@ def test_every_kind_trains(kind: Any, graphs: Path, tmp_path: Path) -> None:
     assert kept["last_train_loss"] < 0.5 and kept["updates"] == 30
 
 
-def test_second_order_methods_train_too(graphs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("autocast", [False, True])
+def test_second_order_methods_train_too(autocast: bool, graphs: Path, tmp_path: Path) -> None:
     method = HessianFree(epochs=12, gradient_frames=1, curvature_frames=1, max_steps=5)
-    compare(job(graphs, first_order=None, block_diagonal=None, hessian_free=method), tmp_path / "work")
+    only = job(graphs, first_order=None, block_diagonal=None, hessian_free=method, autocast=autocast)
+    compare(only, tmp_path / "work")
     kept = json.loads((tmp_path / "work" / JOB).read_text())["results"]["hessian_free"]
     assert kept["last_train_loss"] < 0.5
 
@@ -177,8 +224,8 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], message: str)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"device": "tpu"}, "device='tpu': give cpu"),
-        ({"name": "a/b"}, "name='a/b'"),
+        ({"device": "tpu"}, "device=tpu: give cpu"),
+        ({"name": "a/b"}, "name=a/b: must"),
         ({"first_order": None, "block_diagonal": None}, "are all none"),
         ({"evaluations": 0}, "evaluations=0"),
     ],
@@ -220,6 +267,10 @@ def test_an_autoencoder_from_the_command_line(
     assert "did you mean damping" in capsys.readouterr().err
     assert main([*line, "network.sizes=[3]"]) == 1
     assert "recipe autoencoder has no argument or option 'network'" in capsys.readouterr().err
+    for option in ("device=tpu: give cpu", "name=a/b: must be the plain name"):
+        assert main([*line, option.split(":")[0]]) == 1
+        told = capsys.readouterr().err
+        assert option in told and told.count(option.split("=")[0] + "=") == 1, told
 
 
 def test_presets_are_the_authors_networks_or_smaller() -> None:
