@@ -10,8 +10,9 @@ The family's steps are of three kinds: those that make inverses, those that make
 kind is timed ``--repeats`` times (inverses half as often), by turns, and a cycle of T2 steps put together from the
 medians: one of the first kind, T2 / T1 - 1 of the second and the rest of the third. The row is its seconds over those
 of as many median steps of Adam. The kinds of a peer's steps are not known from outside: the row is the sum of 20 steps
-as they come, a cycle or two, over 20 median steps of Adam. What other work of the machine adds to single steps is thus
-in the sums of peers, but not in the medians of the family: compare the two on a machine that is otherwise idle.
+as they come, a cycle or two (of Muon, whose steps are all alike, 4), over as many median steps of Adam. What other work
+of the machine adds to single steps is thus in the sums of peers, but not in the medians of the family: compare the two
+on a machine that is otherwise idle.
 
 The peers are left out where they cannot be imported: SOAP and Shampoo of `pytorch_optimizer`, torch's Muon (on
 matrices, Adam on the rest), `distributed_shampoo` of torch-shampoo, and `kfac` of kfac-pytorch. The last column is the
@@ -41,8 +42,6 @@ from quadric.optim.mini_block import mini_block_fisher
 from quadric.optim.shampoo import shampoo
 from quadric.optim.tnt import tnt
 
-WINDOW = 20
-"""Steps that a peer is timed over: a whole number of its cycles."""
 RATE = 1e-5
 
 Step = Callable[[], None]
@@ -141,11 +140,13 @@ class Method:
 
     Attributes:
         cycles: pairs of T1 and T2.
+        steps: of a peer, that are timed: a cycle, or fewer where all are alike.
     """
 
     name: str
     build: Callable[[nn.Module], Any]
     cycles: tuple[tuple[int, int], ...] = ((1, 20),)
+    steps: int = 20
 
 
 T1, T2 = 10, 100
@@ -207,7 +208,7 @@ def _kfac_pytorch(model: nn.Module) -> tuple[Any, Any]:
 
 
 PEERS = [
-    Method("torch Muon", _muon),
+    Method("torch Muon", _muon, steps=4),
     Method("pytorch_optimizer SOAP", _pytorch_optimizer("SOAP", max_precondition_dim=1024), ((10, 10),)),
     Method("pytorch_optimizer Shampoo", _pytorch_optimizer("Shampoo", preconditioning_compute_steps=20)),
     Method("torch-shampoo", _torch_shampoo),
@@ -231,8 +232,9 @@ class Race:
             return self._by_kinds(self.ours.optimizers[0], repeats)
         for _ in range(3):
             self._timed()
-        pairs = [self._timed() for _ in range(WINDOW)]
-        return {self.method.cycles[0]: sum(ours for ours, _ in pairs) / (WINDOW * median(adam for _, adam in pairs))}
+        pairs = [self._timed() for _ in range(self.method.steps)]
+        ours, adam = sum(pair[0] for pair in pairs), median(pair[1] for pair in pairs)
+        return {self.method.cycles[0]: ours / (len(pairs) * adam)}
 
     def _by_kinds(self, optimizer: BlockDiagonal, repeats: int) -> dict[tuple[int, int], float]:
         numbers = {"inverses": T2, "statistics": T2 + T1, "rest": T2 + 1}
@@ -269,7 +271,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--methods", nargs="+", default=names, choices=names)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=4, help="of each kind of step")
+    parser.add_argument("--repeats", type=int, default=2, help="of each kind of step")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
