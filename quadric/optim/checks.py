@@ -28,9 +28,11 @@ def check_parts(model: object, damping: object, *parts: tuple[str, object, type]
         )
     if isinstance(damping, int | float) and not 0 < damping < math.inf:
         raise ValueError(f"damping={damping}: must be positive: statistics of few steps have no inverse without it")
-    for name, part, kind in (("damping", damping, float | int | Damping), *parts):
+    if not isinstance(damping, int | float | Damping):
+        raise ValueError(f"damping={damping!r}: give a number, or a rule of damping")
+    for name, part, kind in parts:
         if not isinstance(part, kind):
-            raise ValueError(f"{name}={part!r}: give {getattr(kind, '__name__', 'a number, or a rule of damping')}")
+            raise ValueError(f"{name}={part!r}: give {kind.__name__}")
 
 
 def loss_of(value: Any) -> float:

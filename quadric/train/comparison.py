@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from quadric.comm.communicator import Communicator, Solo
-from quadric.files import new_file
 from quadric.progress import Progress, silent
 from quadric.train import checkpoint
 from quadric.train.finished import environment
@@ -20,7 +19,7 @@ from quadric.train.metrics import MetricsLog
 from quadric.train.pipeline import Result
 from quadric.train.plan import Plan
 from quadric.train.report import Environment, Report, Run, write_report
-from quadric.train.stages import Stages, alone_in, plain, point, reading
+from quadric.train.stages import Stages, alone_in, plain, point, reading, write_json
 from quadric.train.task import Material, TaskJob
 from quadric.train.trainer import Trainer, evaluate
 
@@ -86,7 +85,7 @@ def _trained(
         if stream is not None:
             found |= {f"{split}_{what}": value for what, value in score(stream).items()}
     found |= {"updates": trainer.update, "seconds": trainer.seconds}
-    communicator.first(f"keeping {name}", partial(_write_json, results, found))
+    communicator.first(f"keeping {name}", partial(write_json, results, found))
     return found
 
 
@@ -102,7 +101,7 @@ def _line(name: str, result: dict[str, float]) -> str:
 
 
 def _write(summary: dict[str, Any], work: Path) -> None:
-    _write_json(work / JOB, summary)
+    write_json(work / JOB, summary)
     report(work)
 
 
@@ -132,8 +131,3 @@ def _run(name: str, folder: Path, result: dict[str, float]) -> Run:
         notes=_line(name, result),
         criterion="the loss",
     )
-
-
-def _write_json(file: Path, value: object) -> None:
-    with new_file(file) as temporary:
-        temporary.write_text(json.dumps(value, indent=1))

@@ -25,7 +25,7 @@ from quadric.train.prepare import Prepared, prepare
 from quadric.train.recipe import Job
 from quadric.train.sequence import SequenceSet, compete, targets
 from quadric.train.sources import Split
-from quadric.train.stages import Stages, alone_in, plain, point, reading
+from quadric.train.stages import Stages, alone_in, plain, point, reading, write_json
 from quadric.train.system import System
 from quadric.train.training import Sets, fit, network, realigned, trained
 from quadric.train.units import Units, choose_units
@@ -145,12 +145,7 @@ def _ended(folder: Path, facts: Mapping[str, object], sets: Mapping[Split, Seque
     with new_file(folder / "left_out") as temporary:
         told = (lines(found.left_out, f"{split} ") for split, found in sets.items())
         temporary.write_text("".join(told), encoding="utf-8")
-    _write_json(folder / _FACTS, facts)
-
-
-def _write_json(file: Path, value: object) -> None:
-    with new_file(file) as temporary:
-        temporary.write_text(json.dumps(value, indent=1))
+    write_json(folder / _FACTS, facts)
 
 
 def _finished(
@@ -169,7 +164,7 @@ def _finished(
         "sequence": competitors,
         "environment": plain(environment(job.seed)),
     }
-    _write_json(work / "job.json", summary)
+    write_json(work / "job.json", summary)
     report(work)
 
 
@@ -214,5 +209,5 @@ def _tuned(job: Job, prepared: Prepared, system: System, out: Path, progress: Pr
     best = choose_weights(system, corpus, features, autocast=job.autocast, jobs=job.jobs, progress=progress)
     rows = [{"lm_weight": w, "word_penalty": p, **asdict(errors)} for (w, p), errors in best.tried.items()]
     chosen = {"lm_weight": best.lm_weight, "word_penalty": best.word_penalty}
-    _write_json(out / "sweep.json", {"chosen": chosen, "tried": rows})
+    write_json(out / "sweep.json", {"chosen": chosen, "tried": rows})
     return system.tuned(best.lm_weight, best.word_penalty)

@@ -112,8 +112,13 @@ class Stages:
 
 
 def _write_key(folder: Path, key: Any) -> None:
-    with new_file(folder / "key.json") as temporary:
-        temporary.write_text(json.dumps(plain(list(key)), indent=1))
+    write_json(folder / "key.json", plain(list(key)))
+
+
+def write_json(file: Path, value: object) -> None:
+    """Writes ``value`` whole, or not at all."""
+    with new_file(file) as temporary:
+        temporary.write_text(json.dumps(value, indent=1))
 
 
 def point(link: Path, folder: Path) -> None:
