@@ -113,7 +113,7 @@ def is_parameter(node: ast.AST, known: set[str]) -> bool:
 
 
 BANS: dict[str, tuple[Callable[[ast.AST], Violations], tuple[str, ...]]] = {
-    "torch.distributed": (uses_of_distributed, ("comm/collective.py", "comm/checkpoint.py")),
+    "torch.distributed": (uses_of_distributed, ("comm/collective.py", "comm/checkpoint.py", "comm/hooks.py")),
     "the asynchronous engine": (uses_of_ray, ("parallel/",)),
     "writing to a parameter": (writes_to_a_parameter, ("optim/", "parallel/")),
     "printing, the environment and the clock": (uses_of_the_world, ("train/", "recipes/", "cli.py")),
