@@ -26,7 +26,16 @@ from quadric.optim.sampling import Sizes
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 SCRIPTS = sorted(path.stem for path in BENCHMARKS.glob("*.py") if "__main__" in path.read_text())
-NEEDS_SPEECH = {"acceleration", "generation", "iterations", "lattice", "sequence", "sequence_step", "speech"}
+NEEDS_SPEECH = {
+    "acceleration",
+    "compression",
+    "generation",
+    "iterations",
+    "lattice",
+    "sequence",
+    "sequence_step",
+    "speech",
+}
 
 
 @pytest.mark.parametrize(
