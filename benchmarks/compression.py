@@ -37,7 +37,7 @@ METHODS: dict[str, Build | None] = {
     "none": None,
     "float16": lambda _: HalfPrecision(torch.float16),
     "bfloat16": lambda _: HalfPrecision(torch.bfloat16),
-    **{f"adacomp-{bin}": lambda ps, bin=bin: AdaComp([p.numel() for p in ps], bin) for bin in (50, 500, 5000)},
+    **{f"adacomp-{bin}": lambda ps, bin=bin: AdaComp([p.numel() for p in ps], bin) for bin in (50, 500)},
     **{f"cltk-{share:g}": lambda _, share=share: CLTk(share) for share in (0.03, 0.01, 0.003, 0.001)},
     "cltk-0.01-filtered": lambda _: CLTk(0.01, memory=0.1),
     **{f"lowrank-{rank}": lambda ps, rank=rank: LowRank([p.shape for p in ps], rank) for rank in (1, 2, 4)},
