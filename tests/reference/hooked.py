@@ -45,6 +45,12 @@ def given(model: nn.Module, rank: int, step: int) -> list[Tensor]:
     return list(torch.autograd.grad(loss(model, rank, step), list(model.parameters())))
 
 
+@torch.no_grad()
+def held_out(model: nn.Module) -> float:
+    """The loss on frames that nobody is trained on."""
+    return sum(float(loss(model, 99, step)) for step in range(20)) / 20
+
+
 class Hooked:
     """A network under DDP, in many buckets, with a hook that is counted."""
 
@@ -96,9 +102,7 @@ def trains(communicator: Communicator, name: str | None, steps: int) -> tuple[fl
     for step in range(steps):
         hooked.gradient(communicator.rank, step)
         hooked.descend(0.5)
-    with torch.no_grad():
-        held_out = sum(float(loss(hooked.network, 99, step)) for step in range(20)) / 20
-    return held_out, torch.cat([p.detach().flatten() for p in hooked.network.parameters()]).numpy().tobytes()
+    return held_out(hooked.network), torch.cat([p.detach().flatten() for p in hooked.network.parameters()]).numpy().tobytes()
 
 
 def goes_on(communicator: Communicator, name: str) -> bool:
@@ -144,3 +148,8 @@ def misused(communicator: Communicator) -> list[str]:
         except (ValueError, RuntimeError) as error:
             said.append(f"{type(error).__name__}: {error}")
     return said
+
+
+def everything(communicator: Communicator, jobs: list[tuple[str, tuple[Any, ...]]]) -> dict[Any, Any]:
+    """What so many jobs of this module leave, one after the other in the same processes."""
+    return {(job, *args): globals()[job](communicator, *args) for job, args in jobs}
