@@ -102,7 +102,8 @@ def trains(communicator: Communicator, name: str | None, steps: int) -> tuple[fl
     for step in range(steps):
         hooked.gradient(communicator.rank, step)
         hooked.descend(0.5)
-    return held_out(hooked.network), torch.cat([p.detach().flatten() for p in hooked.network.parameters()]).numpy().tobytes()
+    parameters = torch.cat([p.detach().flatten() for p in hooked.network.parameters()])
+    return held_out(hooked.network), parameters.numpy().tobytes()
 
 
 def goes_on(communicator: Communicator, name: str) -> bool:
