@@ -172,7 +172,7 @@ class Trainer:
                 self._metrics.truncate_after(-1)
             self._log(self._judge())
         saved = time.monotonic()
-        with _stop_requests() as stop:
+        with stop_requests() as stop:
             for _ in progress(self._remaining(), total=self.updates - self.update, what=what):
                 looks = self.plan.looks(self.drawn, self.stream.total_frames)
                 record = self._step()
@@ -399,7 +399,7 @@ def _listed(scores: Mapping[str, float]) -> str:
 
 
 @contextmanager
-def _stop_requests() -> Iterator[threading.Event]:
+def stop_requests() -> Iterator[threading.Event]:
     """An event set by the first SIGINT or SIGTERM; a second SIGINT interrupts at once. Main thread only."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
