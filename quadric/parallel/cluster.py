@@ -27,7 +27,7 @@ from quadric.files import new_file
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """Ray's switch for nodes that stay on the loopback interface, named after the systems where that is the default."""
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-TOKEN_SECONDS, START_SECONDS, IDLE_SECONDS = 20.0, 60.0, 900.0
+TOKEN_SECONDS, START_SECONDS, IDLE_SECONDS = 15.0, 60.0, 900.0
 _ABOUT, _TOKEN, _ALIVE = "ray.json", "token", "alive"
 
 
@@ -145,19 +145,24 @@ def _check_token(address: str) -> None:
             f"RAY_ADDRESS={address}: no token for it: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
             "RAY_AUTH_TOKEN_PATH, to those that the cluster was started with"
         )
-    without = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
-    code = "import sys\nfrom ray._raylet import GcsClient\nGcsClient(address=sys.argv[1]).check_alive([], timeout=5)"
-    # A stranger with a wrong token: one without any is told apart by no error of its own.
-    command = [sys.executable, "-c", code, address.removeprefix("ray://")]
-    stranger = {**without, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    try:
-        ended = subprocess.run(command, env=stranger, capture_output=True, timeout=TOKEN_SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        return
-    if ended.returncode == 0:
+    stranger = {**os.environ, "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    if not _enters(address, dict(os.environ)):
+        raise ValueError(f"RAY_ADDRESS={address}: the cluster is not there, or it refuses the token")
+    if _enters(address, stranger):
         raise ValueError(
             f"RAY_ADDRESS={address}: the cluster lets in strangers: start all its nodes with RAY_AUTH_MODE=token"
         )
+
+
+def _enters(address: str, environment: dict[str, str]) -> bool:
+    """Whether a process with this environment is let in."""
+    code = "import sys\nfrom ray._raylet import GcsClient\nGcsClient(address=sys.argv[1]).check_alive([], timeout=5)"
+    command = [sys.executable, "-c", code, address.removeprefix("ray://")]
+    try:
+        ended = subprocess.run(command, env=environment, capture_output=True, timeout=TOKEN_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return False
+    return ended.returncode == 0
 
 
 def _is_loopback(host: str) -> bool:

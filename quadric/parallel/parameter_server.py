@@ -96,7 +96,7 @@ class ParameterServer:
         return self._ask("applied")
 
     def counts(self) -> list[Mapping[str, Any]]:
-        """Of each shard, as `Shard.counts`."""
+        """Of each shard, as `Shard.counts`, and the seconds that its process has computed: ``cpu``."""
         return self._ask("counts")
 
     def save(self) -> None:
@@ -140,7 +140,7 @@ class _ShardActor:
         return self._shard.applied
 
     def counts(self) -> Mapping[str, Any]:
-        return self._shard.counts()
+        return {**self._shard.counts(), "cpu": time.process_time()}
 
     def save(self) -> int:
         return self._shard.save()
