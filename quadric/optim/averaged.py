@@ -63,6 +63,11 @@ class AveragedSGD(Optimizer):
                 self.param_groups.pop()
                 raise ValueError("params holds complex numbers: train their real view, torch.view_as_real")
 
+    def average_after(self, start: int) -> None:
+        """Sets the ``start`` of all groups, as where the length of a run is known after the optimiser is made."""
+        for group in self.param_groups:
+            group["start"] = start
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; returns what the closure does.
@@ -95,7 +100,7 @@ class AveragedSGD(Optimizer):
 
     def _move(self, group: dict[str, Any], step: int, params: Sequence[nn.Parameter]) -> None:
         """Step number ``step``, from 1, of these parameters, and of their sums."""
-        rate = float(group["lr"]) * (1 + group["a"] * group["eta0"] * step) ** -group["power"]
+        rate = _rate(group, step)
         kept = 1 - group["weight_decay"] * rate
         averages = step > group["start"] and (step - group["start"]) % group["every"] == 0
         vectors: list[list[Tensor]] = [[p, p.grad] for p in params]  # type: ignore[list-item]
@@ -116,7 +121,7 @@ class AveragedSGD(Optimizer):
     def rate(self, group: dict[str, Any]) -> float:
         """By which the next gradient of the group's first parameter will be multiplied."""
         step = self.state.get(group["params"][0], {}).get("step", 0) + 1
-        return float(group["lr"]) * (1 + group["a"] * group["eta0"] * step) ** -float(group["power"])
+        return _rate(group, step)
 
     def average(self, parameter: nn.Parameter) -> Tensor:
         """Of a parameter, in float64; itself before averaging begins."""
@@ -137,6 +142,11 @@ class AveragedSGD(Optimizer):
         for place, p in zip(places, params, strict=True):
             if "sum" in state_dict["state"].get(place, {}):
                 self.state[p]["sum"] = state_dict["state"][place]["sum"].detach().to(p.device, copy=True)
+
+
+def _rate(group: dict[str, Any], step: int) -> float:
+    """Of step number ``step``, from 1."""
+    return float(group["lr"]) * (1 + group["a"] * group["eta0"] * step) ** -float(group["power"])
 
 
 def _chunks(vectors: Sequence[Sequence[Tensor]]) -> Iterator[tuple[list[Tensor], ...]]:
