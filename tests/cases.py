@@ -37,6 +37,7 @@ from quadric.model.acoustic import DNN, TDNN, AcousticModel
 from quadric.model.recurrent import LSTM, RNN
 from quadric.objective.curvature import CurvatureOperator
 from quadric.objective.objective import Objective
+from quadric.optim.averaged import AveragedSGD, averaged_sgd
 from quadric.optim.block_diagonal import BlockDiagonal
 from quadric.optim.block_inverse import BlockCurvature, BlockInverse
 from quadric.optim.blocks import Block, Seen
@@ -318,6 +319,15 @@ OPTIMISERS: dict[str, Callable[[Iterable[Any]], torch.optim.Optimizer]] = {
         params, damping=0.1, max_steps=8, preconditioner=BlockCurvature()
     ),
     "nghf, shared counts": lambda params: nghf(params, preconditioner=SharedCounts()),
+}
+
+
+# First-order optimisers: a factory of the parameters or groups; the rate is 0.2.
+
+FIRST_ORDER: dict[str, Callable[[Iterable[Any]], torch.optim.Optimizer]] = {
+    "averaged_sgd": partial(averaged_sgd, lr=0.2),
+    "averaged_sgd, late": partial(averaged_sgd, lr=0.2, a=0.5, power=2 / 3, start=3, every=2, weight_decay=0.01),
+    "AveragedSGD, constant": partial(AveragedSGD, lr=0.2, a=0.0),
 }
 
 

@@ -16,6 +16,9 @@ DISTRIBUTED = ("torch.distributed", "torch.nn.parallel", "torch.utils.data.distr
 PARAMETER_NAMES = {"weight", "bias", "data"}
 PARAMETER_LISTS = {"parameters", "named_parameters", "params", "param_groups"}
 
+PROCESSES = ("parallel/cluster.py", "parallel/crew.py", "parallel/parameter_server.py")
+"""They start processes, configure them by their environment, and wait for them."""
+
 Violations = Iterator[tuple[int, str]]
 
 
@@ -116,7 +119,7 @@ BANS: dict[str, tuple[Callable[[ast.AST], Violations], tuple[str, ...]]] = {
     "torch.distributed": (uses_of_distributed, ("comm/collective.py", "comm/checkpoint.py", "comm/hooks.py")),
     "the asynchronous engine": (uses_of_ray, ("parallel/",)),
     "writing to a parameter": (writes_to_a_parameter, ("optim/", "parallel/")),
-    "printing, the environment and the clock": (uses_of_the_world, ("train/", "recipes/", "cli.py")),
+    "printing, the environment and the clock": (uses_of_the_world, ("train/", "recipes/", "cli.py", *PROCESSES)),
 }
 
 

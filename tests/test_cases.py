@@ -102,7 +102,7 @@ def test_every_named_optimiser_has_a_row() -> None:
     }
     classes = {found.__name__ for found in public_subclasses(torch.optim.Optimizer)} - {"SecondOrder", "BlockDiagonal"}
     assert {"hessian_free"} <= named
-    covered = {row.split(",")[0] for row in (*cases.OPTIMISERS, *cases.FAMILY)}
+    covered = {row.split(",")[0] for row in (*cases.OPTIMISERS, *cases.FIRST_ORDER, *cases.FAMILY)}
     assert named | classes <= covered, f"add a row to tests/cases.py for {sorted((named | classes) - covered)}"
 
 

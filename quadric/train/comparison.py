@@ -12,9 +12,11 @@ from typing import Any
 import torch
 
 from quadric.comm.communicator import Communicator, Solo
+from quadric.optim.averaged import at_average
 from quadric.progress import Progress, silent
 from quadric.train import checkpoint
 from quadric.train.finished import environment
+from quadric.train.method import settled
 from quadric.train.metrics import MetricsLog
 from quadric.train.pipeline import Result
 from quadric.train.plan import Plan
@@ -58,6 +60,8 @@ def _trained(
     torch.manual_seed(job.seed)
     model = material.build().to(job.place)
     start = material.train.state_dict()
+    given = (model, material.loss, material.train)
+    method = settled(method, *given, folder, autocast=job.autocast, communicator=communicator)
     plan = Plan(method.epochs, method.sampler, job.evaluations, job.autocast, job.seed, method.patience)
     trainer = Trainer(
         model,
@@ -78,8 +82,9 @@ def _trained(
         with reading(folder):
             return dict(json.loads(results.read_text()))
     score = partial(evaluate, model, material.loss, autocast=job.autocast, communicator=communicator)
-    found = {f"last_train_{what}": value for what, value in score(material.seen).items()}
-    found |= {f"last_dev_{what}": value for what, value in score(material.dev).items()}
+    with at_average(trainer.optimizer):
+        found = {f"last_train_{what}": value for what, value in score(material.seen).items()}
+        found |= {f"last_dev_{what}": value for what, value in score(material.dev).items()}
     model.load_state_dict(best["model"])
     for split, stream in (("dev", material.dev), ("test", material.test)):
         if stream is not None:

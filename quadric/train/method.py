@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,7 +19,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR, LambdaLR, LRScheduler
 
 from quadric.comm.communicator import Communicator, Solo
+from quadric.data.examples import Stream
+from quadric.loss.loss import Loss
 from quadric.objective.curvature import Curvature
+from quadric.optim.averaged import train_mode
 from quadric.optim.damping import AfterRejection
 from quadric.optim.precondition import LBFGS, FisherDiagonal, Preconditioner, SharedCounts
 from quadric.optim.sampling import FixedSizes, GeometricSizes, Sampler, VarianceTested
@@ -30,6 +38,9 @@ from quadric.train.rules import (
     check,
     one_of,
 )
+from quadric.train.stages import reading, write_json
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -59,6 +70,22 @@ class Method(ABC):
     @abstractmethod
     def build(self, model: nn.Module, communicator: Communicator = Solo()) -> Optimizer:
         """The optimiser of ``model``, which the ranks of ``communicator`` train together."""
+
+    def search(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        stream: Stream,
+        *,
+        autocast: bool = False,
+        communicator: Communicator = Solo(),
+    ) -> dict[str, float]:
+        """The options that are left to be found from the data; by default none is.
+
+        ``model`` is where training will start, ``stream`` what it will see, on several ranks each its own shard. Both
+        stay as they are. See `settled`.
+        """
+        return {}
 
     @property
     def sampler(self) -> Sampler:
@@ -120,6 +147,7 @@ class FirstOrder(Method):
 
         try:
             optimizer = self.build(nn.ParameterList([weight, bias]))
+            train_mode(optimizer)
             optimizer.step(closure)  # type: ignore[arg-type]
         except Exception as error:  # an optimiser may refuse in any way it likes
             decay = "" if self.weight_decay is None else f", weight_decay={self.weight_decay}"
@@ -310,6 +338,37 @@ class NGHF(NaturalGradient):
 
     def build(self, model: nn.Module, communicator: Communicator = Solo()) -> Optimizer:
         return self._by(nghf, model.parameters())
+
+
+def settled(
+    method: Method,
+    model: nn.Module,
+    loss: Loss,
+    stream: Stream,
+    folder: Path,
+    *,
+    autocast: bool = False,
+    communicator: Communicator = Solo(),
+) -> Method:
+    """The method with the options it leaves to be found from the data, which the training's folder remembers.
+
+    Raises:
+        ValueError: the folder is damaged, or nothing was found.
+    """
+    file = folder / "found.json"
+    if file.exists():
+        with reading(folder):
+            found = dict(json.loads(file.read_text())["options"])
+    else:
+        start = time.monotonic()
+        found = method.search(model, loss, stream, autocast=autocast, communicator=communicator)
+        if found:
+            record = {"options": found, "seconds": time.monotonic() - start}
+            communicator.first("keeping what was found", partial(write_json, file, record))
+            told = ", ".join(f"{name} {value:g}" for name, value in found.items())
+            logger.info("%s: found %s in %.1f s", method.name, told, record["seconds"])
+    communicator.agree("what was found from the data", found)
+    return replace(method, **found) if found else method
 
 
 def named(*methods: Method | None) -> dict[str, Method]:

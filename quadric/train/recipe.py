@@ -17,6 +17,7 @@ from quadric.speech.features import Fbank
 from quadric.speech.gaussian import GaussianBootstrap
 from quadric.speech.normalisation import Normalisation
 from quadric.speech.tree import TreeOptions
+from quadric.train.averaged_method import AveragedSGDMethod
 from quadric.train.block_method import BlockDiagonalMethod
 from quadric.train.criterion import SequenceTraining
 from quadric.train.method import NGHF, FirstOrder, HessianFree, Method, NaturalGradient, named
@@ -180,8 +181,8 @@ class Job:
         network: the acoustic model.
         augment: masks on the features while training.
         chunk: frames of the windows that minibatches are made of.
-        first_order, block_diagonal, hessian_free, natural_gradient, nghf: the trainings to compare, each from the same
-            start; None: leave it out.
+        first_order, block_diagonal, averaged, hessian_free, natural_gradient, nghf: the trainings to compare, each from
+            the same start; None: leave it out.
         sequence: trainings by a sequence criterion, from one of these on; None: leave them out.
         decoding: of dev and test.
         autocast: compute matrix products in bfloat16.
@@ -212,6 +213,7 @@ class Job:
     chunk: int = 50
     first_order: FirstOrder | None = field(default_factory=FirstOrder)
     block_diagonal: BlockDiagonalMethod | None = None
+    averaged: AveragedSGDMethod | None = None
     hessian_free: HessianFree | None = field(default_factory=HessianFree)
     natural_gradient: NaturalGradient | None = None
     nghf: NGHF | None = None
@@ -231,7 +233,8 @@ class Job:
         check_name(self.name)
         if not self.methods:
             raise ValueError(
-                "first_order, block_diagonal, hessian_free, natural_gradient, nghf are all none: leave one in at least"
+                "first_order, block_diagonal, averaged, hessian_free, natural_gradient, nghf are all none: "
+                "leave one in at least"
             )
         if self.sequence is not None and self.sequence.start not in (None, *self.methods):
             raise ValueError(
@@ -241,4 +244,11 @@ class Job:
     @property
     def methods(self) -> dict[str, Method]:
         """The trainings that are not left out, by name."""
-        return named(self.first_order, self.block_diagonal, self.hessian_free, self.natural_gradient, self.nghf)
+        return named(
+            self.first_order,
+            self.block_diagonal,
+            self.averaged,
+            self.hessian_free,
+            self.natural_gradient,
+            self.nghf,
+        )

@@ -21,6 +21,7 @@ from quadric.loss.loss import Bernoulli, CrossEntropy, Loss, SquaredError
 from quadric.model import vision
 from quadric.model.graph import GCN, normalised_adjacency
 from quadric.model.vision import VGG16, ResNet, autoencoder
+from quadric.train.averaged_method import AveragedSGDMethod
 from quadric.train.block_method import BlockDiagonalMethod
 from quadric.train.method import NGHF, FirstOrder, HessianFree, Method, NaturalGradient, named
 from quadric.train.rules import NOT_NEGATIVE, POSITIVE, SHARE, check, check_name, one_of
@@ -186,8 +187,8 @@ class TaskJob:
     Attributes:
         name: of the working folder.
         task: what is trained, on what.
-        first_order, block_diagonal, hessian_free, natural_gradient, nghf: the trainings to compare, each from the same
-            start; None: leave it out. Their frames are images, or the labelled nodes of a graph.
+        first_order, block_diagonal, averaged, hessian_free, natural_gradient, nghf: the trainings to compare, each from
+            the same start; None: leave it out. Their frames are images, or the labelled nodes of a graph.
         evaluations: of the held-out data over a training, besides the one before it.
         device: ``"cpu"``, ``"cuda"``, or ``"auto"``: a GPU where there is one.
         autocast: compute matrix products in bfloat16.
@@ -198,6 +199,7 @@ class TaskJob:
     task: Task
     first_order: FirstOrder | None = field(default_factory=FirstOrder)
     block_diagonal: BlockDiagonalMethod | None = field(default_factory=BlockDiagonalMethod)
+    averaged: AveragedSGDMethod | None = None
     hessian_free: HessianFree | None = None
     natural_gradient: NaturalGradient | None = None
     nghf: NGHF | None = None
@@ -211,7 +213,8 @@ class TaskJob:
         check_name(self.name)
         if not self.methods:
             raise ValueError(
-                "first_order, block_diagonal, hessian_free, natural_gradient, nghf are all none: leave one in at least"
+                "first_order, block_diagonal, averaged, hessian_free, natural_gradient, nghf are all none: "
+                "leave one in at least"
             )
         if self.device != "auto":
             try:
@@ -226,7 +229,14 @@ class TaskJob:
     @property
     def methods(self) -> dict[str, Method]:
         """The trainings that are not left out, by name."""
-        return named(self.first_order, self.block_diagonal, self.hessian_free, self.natural_gradient, self.nghf)
+        return named(
+            self.first_order,
+            self.block_diagonal,
+            self.averaged,
+            self.hessian_free,
+            self.natural_gradient,
+            self.nghf,
+        )
 
     @property
     def place(self) -> torch.device:

@@ -30,6 +30,7 @@ from quadric.comm.communicator import Communicator, Solo
 from quadric.data.examples import Stream
 from quadric.loss.loss import Loss
 from quadric.objective.objective import Objective
+from quadric.optim.averaged import at_average, train_mode
 from quadric.optim.sampling import Seen, Sizes
 from quadric.optim.second_order import SecondOrder
 from quadric.progress import Progress, silent
@@ -95,6 +96,7 @@ class Trainer:
 
     The folder holds ``state`` (a checkpoint of `quadric.comm.checkpoint` with everything needed to go on), ``model.pt``
     (the parameters with the lowest held-out loss so far, and when they were reached) and ``metrics.jsonl``.
+    An optimiser that averages is judged at its average, which is then what ``model.pt`` holds.
 
     Of several ranks, the first alone writes the last two and logs. A request to stop, on any rank, stops all of them
     after the same update. A state may be gone on from with another number of ranks. Then sums are rounded in another
@@ -172,7 +174,7 @@ class Trainer:
                 self._metrics.truncate_after(-1)
             self._log(self._judge())
         saved = time.monotonic()
-        with _stop_requests() as stop:
+        with stop_requests() as stop:
             for _ in progress(self._remaining(), total=self.updates - self.update, what=what):
                 looks = self.plan.looks(self.drawn, self.stream.total_frames)
                 record = self._step()
@@ -225,6 +227,7 @@ class Trainer:
     def _step(self) -> dict[str, Any]:
         start, seen = time.monotonic(), self.stream.frames_seen
         self.model.train()
+        train_mode(self.optimizer)
         sizes = self.plan.sampler.sizes(Seen(self.update, self.stream.total_frames, self._sizes, self._noise))
         objective = Objective(
             self.model,
@@ -268,7 +271,11 @@ class Trainer:
         return mean
 
     def _judge(self) -> dict[str, float]:
-        """Scores on the held-out data, with the parameters kept where they are the best so far."""
+        """Scores on the held-out data at the average, where there is one; it is kept where it is the best so far."""
+        with at_average(self.optimizer):
+            return self._judge_here()
+
+    def _judge_here(self) -> dict[str, float]:
         if self.held_out is None:
             self._keep({})
             return {}
@@ -399,7 +406,7 @@ def _listed(scores: Mapping[str, float]) -> str:
 
 
 @contextmanager
-def _stop_requests() -> Iterator[threading.Event]:
+def stop_requests() -> Iterator[threading.Event]:
     """An event set by the first SIGINT or SIGTERM; a second SIGINT interrupts at once. Main thread only."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():

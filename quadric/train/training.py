@@ -20,7 +20,7 @@ from quadric.progress import Progress
 from quadric.speech.tree import untie
 from quadric.train import checkpoint
 from quadric.train.flat_start import Aligned, viterbi
-from quadric.train.method import Method
+from quadric.train.method import Method, settled
 from quadric.train.plan import Plan
 from quadric.train.prepare import Prepared
 from quadric.train.recipe import Job
@@ -88,6 +88,7 @@ def fit(
         shard=(communicator.rank, communicator.size),
     )
     held_out = FrameStream(only(sets.prepared.features["dev"], sets.dev), sets.dev, context=context, chunk=None)
+    method = settled(method, model, loss, stream, folder, autocast=job.autocast, communicator=communicator)
     plan = Plan(method.epochs, method.sampler, autocast=job.autocast, seed=job.seed, patience=method.patience)
     trainer = Trainer(
         model,

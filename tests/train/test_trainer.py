@@ -24,6 +24,7 @@ from quadric.data.augment import SpecAugment
 from quadric.data.stream import FrameStream
 from quadric.loss.loss import CrossEntropy
 from quadric.model.acoustic import TDNN
+from quadric.optim.averaged import at_average, averaged_sgd
 from quadric.optim.sampling import FixedSizes, GeometricSizes, VarianceTested
 from quadric.optim.second_order import hessian_free
 from quadric.train import checkpoint
@@ -48,6 +49,19 @@ def _lbfgs(model: nn.Module) -> Optimizer:
     return FirstOrder(optimizer=torch.optim.LBFGS, lr=0.3, arguments={"max_iter": 4}).build(model)
 
 
+def _averaged(model: nn.Module) -> Optimizer:
+    return averaged_sgd(model.parameters(), lr=0.5, start=20)
+
+
+def _asgd(model: nn.Module) -> Optimizer:
+    return FirstOrder(optimizer=torch.optim.ASGD, lr=0.5, arguments={"t0": 20}).build(model)
+
+
+def _schedule_free(model: nn.Module) -> Optimizer:
+    kind = pytest.importorskip("schedulefree").SGDScheduleFree
+    return FirstOrder(optimizer=kind, lr=1.0).build(model)
+
+
 METHODS = {
     "adam": (_adam, Plan(4, FixedSizes(100), evaluations=5, seed=3)),
     "lbfgs": (_lbfgs, Plan(4, FixedSizes(400), evaluations=5, seed=3)),
@@ -57,6 +71,12 @@ METHODS = {
         _hessian_free,
         Plan(8, VarianceTested(200, 0.4, theta=0.8, growth=1.3), evaluations=5, seed=3),
     ),
+}
+
+AVERAGED = {
+    "averaged_sgd": (_averaged, Plan(6, FixedSizes(100), evaluations=5, seed=3)),
+    "asgd": (_asgd, Plan(6, FixedSizes(100), evaluations=5, seed=3)),
+    "schedule-free": (_schedule_free, Plan(6, FixedSizes(100), evaluations=5, seed=3)),
 }
 
 
@@ -76,7 +96,7 @@ def _model(dropout: float) -> TDNN:
 def _trainer(folder: Path, method: str) -> Trainer:
     torch.manual_seed(7)
     model = _model(dropout=0.2)
-    build, plan = METHODS[method]
+    build, plan = (METHODS | AVERAGED)[method]
     schedule: Callable[[Optimizer, int], LambdaLR] = lambda o, n: LambdaLR(o, lambda u: 1 - 0.5 * u / n)  # noqa: E731
     transform = SpecAugment(1, 3, 1, 1)
     return Trainer(
@@ -127,7 +147,7 @@ def _without_time(records: Iterable[dict]) -> list[dict]:
     return [{key: value for key, value in record.items() if not key.endswith("seconds")} for record in records]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, *AVERAGED])
 def test_training_learns_and_keeps_the_best(tmp_path: Path, method: str) -> None:
     trainer = _trainer(tmp_path, method)
     before = evaluate(trainer.model, trainer.loss, trainer.held_out)
@@ -141,6 +161,16 @@ def test_training_learns_and_keeps_the_best(tmp_path: Path, method: str) -> None
     assert last is None or (last.gradient_frames > 400) == ("," in method)
     trainer.model.load_state_dict(best["model"])
     assert evaluate(trainer.model, trainer.loss, trainer.held_out)["loss"] == pytest.approx(best["loss"])
+
+
+@pytest.mark.parametrize("method", AVERAGED)
+def test_what_averages_is_judged_and_kept_at_its_average(tmp_path: Path, method: str) -> None:
+    trainer = _trainer(tmp_path, method)
+    trainer.held_out = None  # the last parameters count as the best
+    kept = trainer.fit()["model"]
+    assert not all(torch.equal(kept[name], value) for name, value in trainer.model.state_dict().items())
+    with at_average(trainer.optimizer):
+        assert all(torch.equal(kept[name], value) for name, value in trainer.model.state_dict().items())
 
 
 def test_the_log_tells_what_every_update_saw_and_where_its_time_went(tmp_path: Path) -> None:
@@ -174,7 +204,7 @@ def test_curvature_sees_other_data_in_every_update(tmp_path: Path) -> None:
     assert len(set(_looked(tmp_path / "the only one", 1, dropout=0.0).products)) == 1
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, *AVERAGED])
 def test_resume_equals_no_interruption(tmp_path: Path, method: str) -> None:
     straight = _trainer(tmp_path / "straight", method)
     straight.fit()

@@ -1,0 +1,205 @@
+"""Where the actors live: a Ray of the training's own on this machine, or the cluster that ``RAY_ADDRESS`` names.
+
+Ray by itself listens on every interface and lets in whoever comes. Here it listens on the loopback interface alone, and
+asks for a token in any case. A cluster on other interfaces is joined only if it asks for one as well.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import logging
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from quadric.files import new_file
+
+LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+"""Ray's switch for nodes that stay on the loopback interface, named after the systems where that is the default."""
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+TOKEN_SECONDS, START_SECONDS, IDLE_SECONDS = 15.0, 60.0, 900.0
+_ABOUT, _TOKEN, _ALIVE = "ray.json", "token", "alive"
+
+
+class Cluster:
+    """Joined for the time of a training.
+
+    Args:
+        folder: of the training: a driver that was killed finds there the Ray that it has left behind.
+        cpus: of a Ray that is started here.
+        memory: bytes of its object store; parameters and gradients on their way lie there.
+
+    Raises:
+        ValueError: ``RAY_ADDRESS`` is that of a cluster without tokens, or there is none for it here.
+        RuntimeError: Ray does not start, or cannot be reached.
+    """
+
+    def __init__(self, folder: Path, *, cpus: int, memory: int = 2**30) -> None:
+        self._folder, self._own = folder, False
+        os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
+        address = os.environ.get("RAY_ADDRESS")
+        if address in (None, "local", "auto"):
+            os.environ.pop("RAY_ADDRESS", None)
+            address, self._own = _start(folder, cpus, memory), True
+        else:
+            _check_token(address)
+        from quadric.parallel.engine import ray
+
+        try:
+            ray.init(address=address, namespace=_NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError, TimeoutError) as error:
+            raise RuntimeError(f"RAY_ADDRESS={address}: cannot be joined ({error}): is the cluster up?") from error
+
+    def alive(self) -> None:
+        """Says that somebody still wants the Ray that was started here, which ends without that."""
+        if self._own:
+            (self._folder / _ALIVE).touch()
+
+    def leave(self) -> None:
+        """Leaves the cluster, and ends the Ray that was started here."""
+        from quadric.parallel.engine import ray
+
+        ray.shutdown()
+        if self._own:
+            _end(self._folder)
+
+
+_NAMESPACE = "quadric"
+
+
+def _start(folder: Path, cpus: int, memory: int) -> str:
+    """The address of the Ray of ``folder``, started if it is not running."""
+    folder.mkdir(parents=True, exist_ok=True)
+    token = folder / _TOKEN
+    if (about := _running(folder)) is None:
+        with new_file(token) as temporary:
+            temporary.chmod(0o600)
+            temporary.write_text(secrets.token_hex(32))
+        (folder / _ABOUT).unlink(missing_ok=True)
+        (folder / _ALIVE).touch()
+        environment = {**os.environ, **_environment(token), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        with (folder / "ray.log").open("ab") as log:
+            command = [sys.executable, "-m", "quadric.parallel.cluster", str(folder), str(cpus), str(memory)]
+            head = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        deadline = time.monotonic() + START_SECONDS
+        while (about := _running(folder)) is None:
+            if head.poll() is not None or time.monotonic() > deadline:
+                _kill(head.pid)
+                raise RuntimeError(f"Ray did not start: {folder / 'ray.log'} says why")
+            time.sleep(0.05)
+    os.environ.update(_environment(token))
+    return str(about["address"])
+
+
+def _environment(token: Path) -> dict[str, str]:
+    return {**LOOPBACK, **QUIET, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token.resolve())}
+
+
+def _running(folder: Path) -> Mapping[str, Any] | None:
+    """What is known of the Ray of ``folder``, where it is running."""
+    with suppress(FileNotFoundError, ValueError):
+        about = json.loads((folder / _ABOUT).read_text())
+        with suppress(OSError):
+            if _ARGUMENT in Path(f"/proc/{about['pid']}/cmdline").read_text():
+                return dict(about)
+    return None
+
+
+_ARGUMENT = "quadric.parallel.cluster"
+
+
+def _end(folder: Path) -> None:
+    if (about := _running(folder)) is not None:
+        with suppress(ProcessLookupError):
+            os.kill(about["pid"], signal.SIGTERM)
+        deadline = time.monotonic() + 20
+        while _running(folder) is not None and time.monotonic() < deadline:
+            time.sleep(0.05)
+    for name in (_ABOUT, _TOKEN, _ALIVE):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _kill(group: int) -> None:
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, signal.SIGKILL)
+
+
+def _check_token(address: str) -> None:
+    """Refuses a cluster that other machines reach and that lets in whoever comes."""
+    host = address.removeprefix("ray://").rsplit(":", 1)[0].strip("[]")
+    if host == "localhost" or _is_loopback(host):
+        os.environ.update({name: value for name, value in LOOPBACK.items() if name not in os.environ})
+    known = [os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")]
+    if os.environ.get("RAY_AUTH_MODE") != "token" or not (any(known) or (Path.home() / ".ray/auth_token").is_file()):
+        raise ValueError(
+            f"RAY_ADDRESS={address}: no token for it: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
+            "RAY_AUTH_TOKEN_PATH, to those that the cluster was started with"
+        )
+    stranger = {**os.environ, "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    if not _enters(address, dict(os.environ)):
+        raise ValueError(f"RAY_ADDRESS={address}: the cluster is not there, or it refuses the token")
+    if _enters(address, stranger):
+        raise ValueError(
+            f"RAY_ADDRESS={address}: the cluster lets in strangers: start all its nodes with RAY_AUTH_MODE=token"
+        )
+
+
+def _enters(address: str, environment: dict[str, str]) -> bool:
+    """Whether a process with this environment is let in."""
+    code = "import sys\nfrom ray._raylet import GcsClient\nGcsClient(address=sys.argv[1]).check_alive([], timeout=5)"
+    command = [sys.executable, "-c", code, address.removeprefix("ray://")]
+    try:
+        ended = subprocess.run(command, env=environment, capture_output=True, timeout=TOKEN_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return False
+    return ended.returncode == 0
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _serve(folder: Path, cpus: int, memory: int) -> None:
+    """A Ray for ``folder`` until SIGTERM, or until nobody has wanted it for long."""
+    from quadric.parallel.engine import ray
+
+    place = Path(tempfile.mkdtemp(prefix="quadric-"))  # sockets want a short path
+    try:
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            num_gpus=None,
+            include_dashboard=False,
+            object_store_memory=memory,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _node_ip_address="127.0.0.1",
+            _temp_dir=str(place),
+        )
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        with new_file(folder / _ABOUT) as temporary:
+            temporary.write_text(json.dumps({"address": ray.get_runtime_context().gcs_address, "pid": os.getpid()}))
+        while time.time() - (folder / _ALIVE).stat().st_mtime < IDLE_SECONDS:
+            time.sleep(2)
+    except FileNotFoundError:
+        pass  # the training has been deleted
+    finally:
+        ray.shutdown()
+        shutil.rmtree(place, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    _serve(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

@@ -1,0 +1,180 @@
+"""A parameter server of Ray actors: shards that Ray starts again where they die, and that go on from their checkpoints.
+
+They are detached and have names: a driver that is started again finds them.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from quadric.parallel.engine import ActorUnavailableError, ray
+from quadric.parallel.exchange import Answer, Push
+from quadric.parallel.partition import partition
+from quadric.parallel.shard import Bounds, Rule, Shard, begin
+from quadric.parallel.worker import Link
+from quadric.space import ParameterSpace
+
+logger = logging.getLogger(__name__)
+
+
+class ParameterServer:
+    """The shards of a model's parameters, found by their names or started.
+
+    Args:
+        name: of the training, unique in the cluster.
+        model: whose parameters, of one type, are served; they are where training starts.
+        rule: makes the optimiser of a part of the model. Those that see calls or losses cannot be it.
+        folder: of the checkpoints, which all nodes with a shard see.
+        shards: how many.
+        units: of data that the training has.
+        schedule: of the rule's learning rate.
+        bounds: what is accepted.
+
+    Attributes:
+        shards: the actors.
+        sizes: their numbers of parameters.
+
+    Raises:
+        ValueError: ``shards`` does not fit the model, or its parameters are neither float32 nor float64; the
+            checkpoints are of another training.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        rule: Rule,
+        *,
+        folder: Path,
+        shards: int = 1,
+        units: int = 0,
+        schedule: Callable[[Optimizer], LRScheduler] | None = None,
+        bounds: Bounds = Bounds(),
+    ) -> None:
+        space = ParameterSpace(model)
+        if space.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"model has parameters of {space.dtype}: a server holds torch.float32 or torch.float64")
+        parts = partition(model, shards)
+        self.sizes = [ParameterSpace(part).size for part in parts]
+        self.shards = []
+        for number, part in enumerate(parts):
+            place = folder / f"shard-{number}"
+            begin(part, place, units=units)
+            options = {"folder": place.resolve(), "schedule": schedule, "bounds": bounds}
+            actor = _ShardActor.options(  # type: ignore[attr-defined]
+                name=f"{name}-{number}", lifetime="detached", get_if_exists=True, num_cpus=0,
+                max_restarts=-1, max_task_retries=-1,
+            )  # fmt: skip
+            self.shards.append(actor.remote(_hollow(part), rule, options))
+        self._ask("ready")
+
+    def theta(self) -> Float[Tensor, " n"]:
+        """What the rule is to be judged by: the average, where it keeps one."""
+        return torch.cat([torch.from_numpy(part.copy()) for part in self._ask("average")])
+
+    @torch.no_grad()
+    def load_into(self, model: nn.Module) -> None:
+        """Gives a model the parameters that the rule is to be judged by."""
+        space = ParameterSpace(model)
+        for parameter, part in zip(space.parameters, space.split(self.theta().to(space.device)), strict=True):
+            parameter.copy_(part)
+
+    def applied(self) -> list[Tensor]:
+        """Of each shard, which units it has applied."""
+        return self._ask("applied")
+
+    def counts(self) -> list[Mapping[str, Any]]:
+        """Of each shard, as `Shard.counts`, and the seconds that its process has computed: ``cpu``."""
+        return self._ask("counts")
+
+    def save(self) -> None:
+        """Makes the state of all shards their checkpoints."""
+        self._ask("save")
+
+    def stop(self) -> None:
+        """Ends the shards, without a checkpoint."""
+        for shard in self.shards:
+            ray.kill(shard, no_restart=True)
+
+    def _ask(self, what: str) -> list[Any]:
+        return [_heard(call) for call in [partial(getattr(shard, what).remote) for shard in self.shards]]
+
+
+def _hollow(part: nn.Module) -> nn.Module:
+    """The part without its numbers."""
+    return copy.deepcopy(part).to("meta")
+
+
+@ray.remote
+class _ShardActor:
+    """A `Shard` in a process of its own."""
+
+    def __init__(self, part: nn.Module, rule: Rule, options: dict[str, Any]) -> None:
+        self._shard = Shard(part.to_empty(device="cpu"), rule, **options)
+
+    def ready(self) -> bool:
+        return True
+
+    def pull(self) -> Answer:
+        return self._shard.pull()
+
+    def push(self, push: Push) -> Answer:
+        return self._shard.push(push)
+
+    def average(self) -> Any:
+        return self._shard.average()
+
+    def applied(self) -> Tensor:
+        return self._shard.applied
+
+    def counts(self) -> Mapping[str, Any]:
+        return {**self._shard.counts(), "cpu": time.process_time()}
+
+    def save(self) -> int:
+        return self._shard.save()
+
+
+def _heard(call: Callable[[], Any], *, seconds: float = 300.0) -> Any:
+    """The answer of an actor that may be about to be started again."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return ray.get(call())
+        except ActorUnavailableError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+
+
+class ActorLink(Link):
+    """The way to shards that are actors: all at once, and again where one is started anew."""
+
+    def __init__(self, shards: Sequence[Any]) -> None:
+        self._shards = shards
+
+    def pull(self) -> list[Answer]:
+        return self._all([shard.pull.remote for shard in self._shards])
+
+    def push(self, pushes: Sequence[Push]) -> list[Answer]:
+        return self._all([partial(s.push.remote, push) for s, push in zip(self._shards, pushes, strict=True)])
+
+    def _all(self, calls: Sequence[Callable[[], Any]]) -> list[Answer]:
+        answers = []
+        for call, made in [(call, call()) for call in calls]:
+            try:
+                answers.append(ray.get(made))
+            except ActorUnavailableError:
+                answers.append(_heard(call))
+        return answers

@@ -1,0 +1,288 @@
+"""The trainer of asynchronous training: a parameter server, its workers, and looks at held-out data.
+
+It leaves in a training's folder what `quadric.train.trainer.Trainer` does, ``model.pt`` and ``metrics.jsonl``, and goes
+on from the checkpoints of the server's shards.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from quadric.data.examples import Stream
+from quadric.loss.loss import Loss
+from quadric.parallel.cluster import Cluster
+from quadric.parallel.exchange import Verdict
+from quadric.parallel.shard import Rule
+from quadric.parallel.units import Units
+from quadric.parallel.worker import Report
+from quadric.progress import Progress, silent
+from quadric.space import ParameterSpace
+from quadric.train import checkpoint
+from quadric.train.asynchronous import Asynchronous
+from quadric.train.method import Method
+from quadric.train.metrics import MetricsLog
+from quadric.train.stages import digest, reading
+from quadric.train.trainer import Diverged, Interrupted, evaluate, stop_requests
+
+if TYPE_CHECKING:
+    from quadric.parallel.crew import Crew, Tick
+    from quadric.parallel.parameter_server import ParameterServer
+
+logger = logging.getLogger(__name__)
+
+LIVE_SECONDS = 10.0
+"""Between two lines about throughput, staleness and loss."""
+
+
+class AsynchronousTrainer:
+    """Trains a model in a folder by workers on a parameter server, and goes on where it stopped.
+
+    Args:
+        model: already where it shall start.
+        loss: of its output.
+        method: its optimiser steps on gradients alone.
+        stream: training data, of one rank.
+        held_out: data the training is judged on; None: the last parameters count as the best.
+        options: of the workers and the server.
+        folder: of ``model.pt``, ``metrics.jsonl``, and the server's checkpoints.
+        evaluations: of the held-out data, evenly spaced, besides the one before it.
+        autocast: compute matrix products in bfloat16.
+        seed: of dropout.
+
+    Raises:
+        ValueError: the method's optimiser needs more than gradients.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        method: Method,
+        stream: Stream,
+        held_out: Stream | None,
+        options: Asynchronous,
+        folder: Path,
+        *,
+        evaluations: int = 20,
+        autocast: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.model, self.loss, self.method, self.options = model, loss, method, options
+        self.held_out, self.folder, self.evaluations = held_out, folder, evaluations
+        self.autocast, self.seed = autocast, seed
+        self.units = Units(stream, frames=method.gradient_frames, epochs=method.epochs, every=options.every)
+        self._space = ParameterSpace(model)
+        self._metrics = MetricsLog(folder / "metrics.jsonl")
+        self._state: dict[str, Any] = {
+            "looks": 0, "seconds": 0.0, "best": math.inf, "stale": 0, "lost": 0, "done": False,
+            "fingerprint": digest(self.units.fingerprint(), self._space.names, options.key, method),
+        }  # fmt: skip
+        _check_steps(model, options.rule(method, len(self.units))[0])
+
+    def fit(self, *, progress: Progress = silent, what: str = "training") -> Mapping[str, Any]:
+        """Trains to the end, from the saved state if there is one; returns the record of ``model.pt``.
+
+        Raises:
+            Diverged: the held-out loss is not finite.
+            Interrupted: on SIGINT or SIGTERM, with everything saved.
+            ValueError: the folder is of another training, or damaged; what a worker computes on is faulty.
+            RuntimeError: the cluster cannot be joined, or workers keep dying.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._load()
+        if not self._state["done"]:
+            with ExitStack() as stack:
+                cluster = Cluster(self.folder / "ray", cpus=self.options.workers)
+                stack.callback(cluster.leave)
+                self._train(cluster, stack, progress, what)
+        with reading(self.folder):
+            return checkpoint.load(self.folder / "model.pt")
+
+    def _train(self, cluster: Cluster, stack: ExitStack, progress: Progress, what: str) -> None:
+        server = self._server()
+        stack.callback(server.stop)
+        crew = self._crew(server)
+        stack.callback(crew.end)
+        live = _Live(what, sum(server.sizes), len(self.units))
+        if not self._metrics.records():
+            self._look(server, crew, live)
+        with stop_requests() as stop:
+            units = self._settled(server, crew, cluster, live, stop)
+            for _ in progress(units, total=crew.ledger.left, what=what):
+                pass
+        if self._state["done"]:
+            return
+        server.save()
+        self._save()
+        done = len(self.units) - crew.ledger.left
+        raise Interrupted(
+            f"stopped after push {done} of {len(self.units)}, saved in {self.folder}: "
+            "the same command goes on from there"
+        )
+
+    def _settled(
+        self, server: ParameterServer, crew: Crew, cluster: Cluster, live: _Live, stop: threading.Event
+    ) -> Iterator[int]:
+        """The units as they are settled, until all are or one asks to stop; looks at the held-out data in between."""
+        for tick in self._counted(crew):
+            cluster.alive()
+            for sentence in tick.news:
+                logger.info("%s", sentence)
+            live.take(tick, crew.ledger.left)
+            self._state["lost"] = crew.lost
+            done = len(self.units) - crew.ledger.left
+            if self.evaluations * done // len(self.units) > self._state["looks"] or not crew.ledger.left:
+                self._state["looks"] = self.evaluations * done // len(self.units)
+                server.save()
+                self._look(server, crew, live)
+                patience = self.method.patience
+                self._state["done"] = not crew.ledger.left or (
+                    patience is not None and self._state["stale"] >= patience
+                )
+                self._save()
+            yield from (report.unit for report in tick.reports if report.settled)
+            if self._state["done"] or stop.is_set():
+                return
+
+    def _counted(self, crew: Crew) -> Iterator[Tick]:
+        """The ticks, their seconds added up."""
+        since = time.monotonic()
+        for tick in crew.run():
+            now = time.monotonic()
+            self._state["seconds"] += now - since
+            since = now
+            yield tick
+
+    def _server(self) -> ParameterServer:
+        from quadric.parallel.parameter_server import ParameterServer
+
+        rule, schedule = self.options.rule(self.method, len(self.units))
+        return ParameterServer(
+            f"{self.folder.name}-{digest(str(self.folder.resolve()))}",
+            self.model,
+            rule,
+            folder=self.folder / "server",
+            shards=self.options.shards,
+            units=len(self.units),
+            schedule=schedule,
+            bounds=self.options.bounds,
+        )
+
+    def _crew(self, server: ParameterServer) -> Crew:
+        from quadric.parallel.crew import Crew, Work
+
+        work = Work(
+            self.model,
+            self.loss,
+            self.units,
+            self.options.strategy(self.method, self.units.minibatches),
+            clip=self.options.clip,
+            compressor=self.options.compressor(),
+            autocast=torch.bfloat16 if self.autocast else None,
+            seed=self.seed,
+        )
+        return Crew(server, work, self.options.workers, alone=self.options.warm)
+
+    def _look(self, server: ParameterServer, crew: Crew, live: _Live) -> None:
+        """Scores on the held-out data; the parameters are kept where they are the best so far."""
+        server.load_into(self.model)
+        with torch.no_grad():
+            for buffer, value in zip(self.model.buffers(), crew.buffers(), strict=False):
+                buffer.copy_(value)
+        done = len(self.units) - crew.ledger.left
+        frames = sum(self.units.frames(u) for u in crew.ledger.settled.nonzero().flatten().tolist())
+        place = {"update": done, "epoch": frames / self.units.total_frames, "seconds": self._state["seconds"]}
+        scores = {} if self.held_out is None else evaluate(self.model, self.loss, self.held_out, autocast=self.autocast)
+        if not math.isfinite(scores.get("loss", 0.0)):
+            raise Diverged(
+                f"the held-out loss is {scores['loss']} after push {done}: training diverged; lower the learning rate "
+                f"or clip (the log is in {self.folder})"
+            )
+        self._state["stale"] += 1
+        if self.held_out is None or scores["loss"] < self._state["best"]:
+            self._state["best"], self._state["stale"] = scores.get("loss", math.inf), 0
+            state = {"model": self.model.state_dict(), "update": done, "seconds": place["seconds"], **scores}
+            checkpoint.save(state, self.folder / "model.pt")
+        self._metrics.truncate_after(done)
+        self._metrics.append({**place, **live.record(), **{f"dev_{name}": value for name, value in scores.items()}})
+        told = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+        logger.info("push %d of %d: held-out %s", done, len(self.units), told)
+
+    def _load(self) -> None:
+        file = self.folder / "driver.pt"
+        if not file.exists():
+            return
+        with reading(self.folder):
+            state = checkpoint.load(file)
+        if state["fingerprint"] != self._state["fingerprint"]:
+            raise ValueError(
+                f"folder={self.folder}: a training of other data or options is there; choose another folder"
+            )
+        self._state = state
+
+    def _save(self) -> None:
+        checkpoint.save(self._state, self.folder / "driver.pt")
+
+
+class _Live:
+    """What a person sees of the pushes."""
+
+    def __init__(self, what: str, parameters: int, units: int) -> None:
+        self._what, self._parameters, self._units = what, parameters, units
+        self._reports: list[Report] = []
+        self._since = self._told = time.monotonic()
+        self._last: dict[str, float | str] = {}
+
+    def take(self, tick: Tick, left: int) -> None:
+        self._reports += tick.reports
+        if time.monotonic() - self._told > LIVE_SECONDS and self._reports:
+            self._told = time.monotonic()
+            record = self._summed()
+            logger.info(
+                "%s: push %d of %d, loss %.4f, %.1f pushes/s, %.1f MB/s, staleness %s",
+                self._what, self._units - left, self._units, *record.values(),
+            )  # fmt: skip
+
+    def record(self) -> dict[str, float | str]:
+        """Since it was last summed."""
+        return self._summed() if self._reports else self._last
+
+    def _summed(self) -> dict[str, float | str]:
+        reports, now = self._reports, time.monotonic()
+        seconds = max(now - self._since, 1e-9)
+        ages = [report.staleness for report in reports if Verdict.APPLIED.name in report.verdicts]
+        share = {age: ages.count(age) / len(ages) for age in sorted(set(ages))}
+        self._last = {
+            "objective": sum(report.loss for report in reports) / len(reports),
+            "pushes_per_second": len(reports) / seconds,
+            "megabytes_per_second": sum(report.sent + 4 * self._parameters for report in reports) / seconds / 1e6,
+            "staleness": " ".join(f"{age}:{100 * part:.0f}%" for age, part in share.items()),
+        }
+        self._reports, self._since = [], now
+        return self._last
+
+
+def _check_steps(model: nn.Module, rule: Rule) -> None:
+    """Refuses an optimiser that cannot step on gradients alone, by trying it on a copy."""
+    trial = copy.deepcopy(model)
+    try:
+        optimizer = rule(trial)
+        for parameter in trial.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    except Exception as error:  # an optimiser may refuse in any way it likes
+        raise ValueError(
+            f"the optimiser cannot step on gradients alone, as a parameter server has it to ({error}): take another, "
+            "such as averaged_sgd, SGD or AdamW"
+        ) from error
