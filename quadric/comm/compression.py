@@ -167,10 +167,11 @@ class AdaComp(Compressor):
             G = torch.nn.functional.pad(G, (0, -len(G) % length)).view(-1, length)
             highest = G.abs().amax(1, keepdim=True)
             sent = (H.abs() >= highest) & (G != 0)
+            bins, places = sent.nonzero(as_tuple=True)
             scales.append(highest.mean())
-            counts.append(sent.sum(1))
-            offsets.append(sent.nonzero()[:, 1])
-            negative.append(G[sent] < 0)
+            counts.append(bins.bincount(minlength=len(G)))
+            offsets.append(places)
+            negative.append(G[bins, places] < 0)
         return Signs(
             np.array(self.sizes, np.int32),
             np.array(self.bins, np.int32),
