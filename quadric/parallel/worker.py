@@ -42,6 +42,7 @@ class Report(NamedTuple):
     """Of one unit.
 
     Attributes:
+        worker: who did it.
         unit: its number.
         settled: whether nothing is left to be done about it.
         loss: the mean loss of its minibatches, before them.
@@ -52,6 +53,7 @@ class Report(NamedTuple):
         lives: of the shards.
     """
 
+    worker: int
     unit: int
     settled: bool
     loss: float
@@ -221,6 +223,7 @@ class Worker:
             self._load()
         assert self._answers is not None
         return Report(
+            self._number,
             unit,
             all(verdict.settles for verdict in verdicts),
             value,
