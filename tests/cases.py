@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from quadric.comm.collective import Collective
 from quadric.comm.communicator import Communicator, Solo, Timed
+from quadric.comm.compression import AdaComp, CLTk, Compressor, HalfPrecision, LowRank
+from quadric.comm.message import Factors, Halves, Message, Signs, Sparse
 from quadric.lattice.automaton import Automaton
 from quadric.linalg import truncation
 from quadric.linalg.krylov import ConjugateGradient, Conjugation, FlexibleCG, MinRes, Notay, PolakRibiere
@@ -189,6 +191,27 @@ COMMUNICATORS: dict[type[Communicator], Callable[[Path], Communicator]] = {
     Solo: lambda folder: Solo(),
     Timed: lambda folder: Timed(Solo(), Stopwatch(lambda: 0.0)),
     Collective: lambda folder: Collective(0, 1, f"file://{folder}/meeting", timeout=5),
+}
+
+
+# Compressed gradients: compressors of vectors of one length, and messages.
+
+COMPRESSED = 40
+COMPRESSORS: dict[type[Compressor], Callable[[], Compressor]] = {
+    AdaComp: lambda: AdaComp([23, 17], [5, 40]),
+    CLTk: lambda: CLTk(0.3),
+    HalfPrecision: lambda: HalfPrecision(torch.float16),
+    LowRank: lambda: LowRank([(4, 2, 4), (8,)], 1),
+}
+MESSAGES: dict[type[Message], Callable[[], Message]] = {
+    Sparse: lambda: Sparse(7, np.array([1, 3], np.int32), np.array([0.5, -2.0], np.float32)),
+    Signs: lambda: Signs(
+        *(np.array(layers, np.int32) for layers in ([7, 2], [4, 2])),
+        np.array([2.0, 0.5], np.float32),
+        *(np.array(places, np.uint8) for places in ([1, 2, 1], [3, 0, 2, 1], [0b01010000])),
+    ),
+    Halves: lambda: Halves("bfloat16", np.array([0x3F80, 0xC000, 0], np.uint16)),
+    Factors: lambda: Factors(np.array([[3, 4, 1], [1, 2, 0]], np.int32), np.arange(1, 10, dtype=np.float32)),
 }
 
 

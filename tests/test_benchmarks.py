@@ -26,7 +26,16 @@ from quadric.optim.sampling import Sizes
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 SCRIPTS = sorted(path.stem for path in BENCHMARKS.glob("*.py") if "__main__" in path.read_text())
-NEEDS_SPEECH = {"acceleration", "generation", "iterations", "lattice", "sequence", "sequence_step", "speech"}
+NEEDS_SPEECH = {
+    "acceleration",
+    "compression",
+    "generation",
+    "iterations",
+    "lattice",
+    "sequence",
+    "sequence_step",
+    "speech",
+}
 
 
 @pytest.mark.parametrize(
@@ -352,3 +361,40 @@ def test_a_citation_network_is_trained_and_measured(block_tasks: Any, shared_dat
     worse = {**found, "validation_accuracy": found["validation_accuracy"] - 1, "training_loss": 0.0}
     assert task.rank(found) < task.rank(worse)
     assert task.rank(found) < task.rank({**found, "training_loss": 99.0})
+
+
+@pytest.mark.speech
+def test_compressors_are_compared_on_made_frames(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    pytest.importorskip("kaldifst", reason="needs the speech extra")
+    compression = importlib.import_module("compression")
+    methods = ["none", "adacomp-500", "cltk-0.01", "lowrank-1"]
+    line = ["an4", "--quick", "--threads", "1", "--json", str(tmp_path / "rows.json"), "--methods", *methods]
+    monkeypatch.setattr(sys, "argv", ["compression.py", *line])
+    compression.main()
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["method"] for row in rows] == ["start", *methods]
+    assert len(capsys.readouterr().out.splitlines()) == 2 + len(rows)
+    ends = {row["method"]: row["epochs"][-1] for row in rows[1:]}
+    assert all(end["loss"] < rows[0]["loss"] and end["step"] == 40 for end in ends.values())
+    assert rows[1]["ratio"] == 1 and rows[2]["ratio"] > 10 and rows[4]["ratio"] > 4
+    parameters = sum(p.numel() for p in compression.made().model.parameters())
+    assert rows[3]["ratio"] == pytest.approx(4 * parameters / (8 * round(0.01 * parameters)))
+
+
+@pytest.mark.speech
+def test_what_all_workers_send_and_keep_is_what_they_were_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    pytest.importorskip("kaldifst", reason="needs the speech extra")
+    compression = importlib.import_module("compression")
+    given = [torch.randn(3, 50) for _ in range(5)]
+    for name, build in compression.METHODS.items():
+        if name == "cltk-0.01-filtered":
+            continue
+        workers = compression.Workers(build, [torch.zeros(10, 5)], 3)
+        sent = sum(workers.mean(list(gradients)) for gradients in given)
+        left = sum(c.residue for c in workers.compressors if c is not None) / 3
+        torch.testing.assert_close(sent + left, sum(g.mean(0) for g in given), rtol=0, atol=1e-5)
+        assert workers.plain == 5 * 3 * 50 * 4

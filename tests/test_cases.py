@@ -15,6 +15,8 @@ import torch
 import cases
 import quadric
 from quadric.comm.communicator import Communicator
+from quadric.comm.compression import Compressor
+from quadric.comm.message import Message
 from quadric.linalg.krylov import Conjugation
 from quadric.linalg.operator import LinearOperator
 from quadric.linalg.pairs import PairSelection
@@ -32,6 +34,8 @@ from quadric.optim.search import Search
 
 TABLES = {
     Communicator: cases.COMMUNICATORS,
+    Compressor: cases.COMPRESSORS,
+    Message: cases.MESSAGES,
     LinearOperator: cases.OPERATORS,
     KrylovSolver: cases.SOLVERS,
     Conjugation: cases.CONJUGATIONS,

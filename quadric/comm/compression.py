@@ -90,9 +90,8 @@ class Compressor(ABC):
             raise ValueError(f"gradient is {gradient.dtype} {list(gradient.shape)}: give a floating-point vector")
         self._check_length(len(gradient))
         if not len(self.residue):
-            kind = torch.promote_types(gradient.dtype, torch.float32)
-            self.residue = torch.zeros_like(gradient, dtype=kind)
-        self.residue = self.residue.to(gradient.device)
+            self.residue = torch.zeros(len(gradient))
+        self.residue = self.residue.to(gradient.device, torch.promote_types(gradient.dtype, self.residue.dtype))
         total = self.residue + gradient
         finite = total.isfinite()
         if bool(finite.all()):
@@ -168,14 +167,15 @@ class AdaComp(Compressor):
             G = torch.nn.functional.pad(G, (0, -len(G) % length)).view(-1, length)
             highest = G.abs().amax(1, keepdim=True)
             sent = (H.abs() >= highest) & (G != 0)
+            bins, places = sent.nonzero(as_tuple=True)
             scales.append(highest.mean())
-            counts.append(sent.sum(1))
-            offsets.append(sent.nonzero()[:, 1])
-            negative.append(G[sent] < 0)
+            counts.append(bins.bincount(minlength=len(G)))
+            offsets.append(places)
+            negative.append(G[bins, places] < 0)
         return Signs(
             np.array(self.sizes, np.int32),
             np.array(self.bins, np.int32),
-            _array(torch.stack(scales), np.float32),
+            _floats(torch.stack(scales)),
             _array(torch.cat(counts), kind),
             _array(torch.cat(offsets), kind),
             np.packbits(_array(torch.cat(negative), np.bool_)),
@@ -248,7 +248,7 @@ class CLTk(Compressor):
         if indices is None:
             indices = total.abs().topk(self.count(len(total)), sorted=False).indices.sort().values
         values = total[indices.to(total.device, torch.int64)]
-        return Sparse(len(total), _array(indices, np.int32), _array(values, np.float32))
+        return Sparse(len(total), _array(indices, np.int32), _floats(values))
 
     def _keep(self, rest: Tensor) -> None:
         self.residue = self.residue.lerp(rest, self.memory)
@@ -350,7 +350,7 @@ class LowRank(Compressor):
             else:
                 values.append(piece)
         shapes = [(*matrix, rank) for matrix, rank in zip(self.matrices, self.ranks, strict=True)]
-        return Factors(np.array(shapes, np.int32), _array(torch.cat(values), np.float32))
+        return Factors(np.array(shapes, np.int32), _floats(torch.cat(values)))
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"Q": [Q.clone() for Q in self.Q]}
@@ -368,5 +368,9 @@ def _matrix(shape: Sequence[int]) -> tuple[int, int]:
 
 
 def _array(x: Tensor, kind: Any) -> np.ndarray:
-    """In memory of its own."""
     return x.cpu().numpy().astype(kind)
+
+
+def _floats(x: Tensor) -> np.ndarray:
+    """Infinite where float32 does not reach."""
+    return x.float().cpu().numpy()

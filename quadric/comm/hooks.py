@@ -12,7 +12,7 @@ division into buckets after the first backward pass. They differ from rank to ra
 own.
 """
 
-from __future__ import annotations
+# No postponed annotations: DDP refuses a hook whose annotations are strings.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
