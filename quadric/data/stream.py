@@ -81,6 +81,7 @@ class FrameStream:
         self._rank, self._ranks = shard
         self._fingerprint = _fingerprint(self._examples)
         self._total = sum(len(example.features) for example in self._examples)
+        self._epoch, self._position = 0, 0
         self._permuted: tuple[int, int] | None = None
         self._go_to(0, 0)
 
@@ -216,8 +217,8 @@ class FrameStream:
         self._epoch, self._position = epoch, position
         if self._permuted != (self._seed, epoch):
             self._permuted = (self._seed, epoch)
-            self._order = self._permutation(_ORDER, epoch)
-            self._ends = np.cumsum(self._lengths(self._order))
+            self._order: Items = self._permutation(_ORDER, epoch)
+            self._ends: Items = np.cumsum(self._lengths(self._order))
 
     @property
     def _seen(self) -> int:

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterable, Iterator
 from itertools import chain
 
+import torch
 from torch import Tensor, nn
 
 from quadric.options import check_whole
@@ -49,13 +50,13 @@ def partition(model: nn.Module, shards: int) -> list[nn.Module]:
 
 
 def hollow(part: nn.Module) -> nn.Module:
-    """A copy whose parameters and buffers are zeros that take no memory, and none when they travel; ties stay.
+    """A copy on the CPU whose parameters and buffers are zeros that take no memory, here or on their way; ties stay.
 
     For who has the numbers from elsewhere, as a `Shard` from its checkpoint.
     """
     zeros: dict[int, Tensor] = {}
     for tensor in chain(part.parameters(), part.buffers()):
-        zero = tensor.detach().new_zeros(()).expand(tensor.shape)
+        zero = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
         parameter = isinstance(tensor, nn.Parameter)
         zeros[id(tensor)] = nn.Parameter(zero, tensor.requires_grad) if parameter else zero
     return copy.deepcopy(part, dict(zeros))

@@ -176,5 +176,5 @@ def test_giving_back_twice_or_what_one_has_not(units: list[int]) -> None:
     ledger.give_back(0, units)
     ledger.give_back(0, units)
     ledger.give_back(7, units)
-    expected = sorted({0, 1} & set(units)) + [2]
+    expected = [*sorted({0, 1} & set(units)), 2]
     assert ledger.take(1, 9, now=0.0, overdue=1.0) == expected
