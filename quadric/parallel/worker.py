@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -118,12 +119,18 @@ class Local(Strategy):
             self._scheduler = self.schedule(self._optimizer) if self.schedule else None
         minibatches, value = worker.units[unit], 0.0
         for number, batches in enumerate(minibatches):
-            while self._scheduler is not None and self._moved < unit * worker.units.every + number:
-                self._scheduler.step()
-                self._moved += 1
+            self._move_to(unit * worker.units.every + number)
             value += worker.gradient(unit, number, batches) / len(minibatches)
             self._optimizer.step()
         return value
+
+    def _move_to(self, minibatch: int) -> None:
+        """The rate, without a word about the steps between, which others have taken."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+            while self._scheduler is not None and self._moved < minibatch:
+                self._scheduler.step()
+                self._moved += 1
 
 
 @dataclass

@@ -1,10 +1,10 @@
-"""A shard: each push once, whatever comes twice, late, broken or from the dead; and on from its checkpoint to the bit."""
+"""A shard: each push once, whatever comes twice, late, broken or from processes that were replaced."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,53 +16,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.optim import SGD, Adam, Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 from quadric.comm.compression import CLTk, HalfPrecision
 from quadric.comm.message import Sparse
-from quadric.optim.averaged import averaged_sgd
-from quadric.optim.mini_block import mini_block_fisher
 from quadric.parallel.exchange import NO_UNIT, Push, Verdict
 from quadric.parallel.partition import hollow, partition
 from quadric.parallel.shard import Bounds, Rule, Shard, begin
 from quadric.space import ParameterSpace
 from reference import delayed
-
-UNITS = 6
-XU = {"lr": 0.3, "a": 0.5, "power": 0.75}
-Schedule = Callable[[Optimizer], LRScheduler]
-
-
-def part(kind: torch.dtype = torch.float64) -> nn.Module:
-    torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 1)).to(kind)
-
-
-SIZE = 11
-
-
-def xu(module: nn.Module) -> Optimizer:
-    return averaged_sgd(module.parameters(), **XU)
-
-
-def shard(folder: Path, rule: Rule = xu, *, module: nn.Module | None = None, **options: Any) -> Shard:
-    module = module or part()
-    begin(module, folder, units=UNITS)
-    return Shard(hollow(module), rule, folder=folder, **options)
-
-
-def vector(seed: int, kind: Any = np.float64) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(SIZE).astype(kind)
-
-
-def push(sequence: int, content: Any, *, unit: int = NO_UNIT, worker: int = 0, of: Shard | None = None) -> Push:
-    life, clock = (of.life, of.clock) if of else (1, 0)
-    return Push(worker, 1, sequence, unit, life, clock, content)
-
-
-def theta(of: Shard) -> np.ndarray:
-    return of.pull().theta.copy()
-
+from reference.served import (
+    SIZE,
+    UNITS,
+    XU,
+    adam,
+    cosine,
+    family,
+    late_average,
+    nesterov,
+    part,
+    push,
+    shard,
+    theta,
+    vector,
+    xu,
+)
 
 # Each push once.
 
@@ -86,10 +63,19 @@ def deliveries(draw: st.DrawFn) -> list[delayed.Sent]:
     return sent
 
 
-@settings(max_examples=40)
-@given(deliveries())
-def test_each_push_and_each_unit_once(sent: list[delayed.Sent]) -> None:
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint to begin with."""
+    folder = tmp_path_factory.mktemp("begun")
+    begin(part(), folder, units=UNITS)
+    return folder
+
+
+@settings(max_examples=20)
+@given(sent=deliveries())
+def test_each_push_and_each_unit_once(begun: Path, sent: list[delayed.Sent]) -> None:
     with TemporaryDirectory() as folder:
+        shutil.copytree(begun, folder, dirs_exist_ok=True)
         server = shard(Path(folder))
         expected = delayed.once(theta(server), sent, **XU)
         for one in sent:
@@ -129,125 +115,12 @@ def test_a_late_copy_of_a_refused_push_settles_nothing(tmp_path: Path) -> None:
     assert server.push(push(2, vector(1), unit=3, of=server)).verdict is Verdict.APPLIED
 
 
-# From a checkpoint.
-
-
-def adam(module: nn.Module) -> Optimizer:
-    return Adam(module.parameters(), lr=0.05, amsgrad=True)
-
-
-def nesterov(module: nn.Module) -> Optimizer:
-    return SGD(module.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1)
-
-
-def late_average(module: nn.Module) -> Optimizer:
-    return averaged_sgd(module.parameters(), **XU, start=2, every=2, weight_decay=0.1)
-
-
-def cosine(optimizer: Optimizer) -> LRScheduler:
-    return CosineAnnealingLR(optimizer, T_max=8)
-
-
-def family(module: nn.Module) -> Optimizer:
-    return mini_block_fisher(module, lr=0.05)
-
-
-@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
-@pytest.mark.parametrize("rule", [late_average, nesterov, adam, family])
-@pytest.mark.parametrize("schedule", [None, cosine])
-def test_it_goes_on_from_its_checkpoint_to_the_bit(
-    rule: Rule, schedule: Schedule | None, kind: torch.dtype, tmp_path: Path
-) -> None:
-    """Killed at any push, it is sent again what came after its checkpoint, and some of what came before."""
-    dtype = np.float32 if kind is torch.float32 else np.float64
-    options: dict[str, Any] = {"schedule": schedule}
-    sent = [push(n, vector(n, dtype), unit=n % UNITS if n < UNITS else NO_UNIT) for n in range(8)]
-    whole = shard(tmp_path / "whole", rule, module=part(kind), **options)
-    path, averages = [theta(whole)], [whole.average()]
-    for one in sent:
-        whole.push(one)
-        path.append(theta(whole))
-        averages.append(whole.average())
-    for saved, killed in [(0, 0), (0, 2), (3, 3), (3, 6), (8, 8)]:
-        folder = tmp_path / f"{saved}-{killed}"
-        first = shard(folder, rule, module=part(kind), **options)
-        for number, one in enumerate(sent[:killed]):
-            if number == saved:
-                assert first.save() == saved
-            first.push(one)
-        if saved == killed:
-            first.save()
-        second = Shard(hollow(part(kind)), rule, folder=folder, **options)
-        assert (second.life, second.clock) == (2, saved) and (theta(second) == path[saved]).all()
-        assert int(second.applied.sum()) == min(saved, UNITS)
-        for number, one in enumerate(sent):  # all of it, once more
-            expected = Verdict.REPEATED if number < saved else Verdict.APPLIED
-            assert second.push(one).verdict is expected
-            if number >= saved:
-                assert (theta(second) == path[number + 1]).all()
-                assert (second.average() == averages[number + 1]).all()
-        assert second.counts()["applied"] == len(sent)
-
-
-def test_counts_and_the_dropped_survive(tmp_path: Path) -> None:
-    server = shard(tmp_path, bounds=Bounds(not_finite=1))
-    server.push(push(0, vector(0), unit=1))
-    server.push(push(1, None, worker=1))
-    server.push(push(2, None, worker=1))
-    server.push(push(1, vector(1), unit=1))
-    server.save()
-    again = shard(tmp_path, bounds=Bounds(not_finite=1))
-    assert again.counts() == {**server.counts(), "life": 2}
-    assert again.push(push(3, vector(3), worker=1)).verdict is Verdict.DROPPED
-    assert again.push(push(0, vector(0), unit=1)).verdict is Verdict.REPEATED
-
-
-def test_the_rule_sees_the_parameters(tmp_path: Path) -> None:
-    seen = []
-
-    def rule(module: nn.Module) -> Optimizer:
-        seen.append(ParameterSpace(module).point())
-        return xu(module)
-
-    server = shard(tmp_path, rule)
-    server.push(push(0, vector(0)))
-    server.save()
-    shard(tmp_path, rule)
-    assert torch.equal(seen[0], ParameterSpace(part()).point()) and (seen[1].numpy() == theta(server)).all()
-
-
-def test_shards_of_another_training(tmp_path: Path) -> None:
-    assert begin(part(), tmp_path, units=UNITS)
-    assert not begin(part(), tmp_path, units=UNITS)
-    for other, units in [(part(), UNITS + 1), (nn.Linear(2, 2).double(), UNITS), (part(torch.float32), UNITS)]:
-        with pytest.raises(ValueError, match="another training"):
-            begin(other, tmp_path, units=units)
-    for other in (nn.Linear(2, 2).double(), part(torch.float32)):
-        with pytest.raises(ValueError, match="another training"):
-            Shard(other, xu, folder=tmp_path)
-    with pytest.raises(FileNotFoundError):
-        Shard(part(), xu, folder=tmp_path / "nothing")
-    with pytest.raises(ValueError, match="part has parameters of torch.bfloat16"):
-        Shard(part(torch.bfloat16), xu, folder=tmp_path)
-
-
-def test_pushes_of_a_former_life_are_of_no_age(tmp_path: Path) -> None:
-    """The clock that they name has been turned back since."""
-    first = shard(tmp_path, bounds=Bounds(staleness=0))
-    for number in range(3):
-        first.push(push(number, vector(number), of=first))
-    old = push(3, vector(3), of=first)
-    second = shard(tmp_path, bounds=Bounds(staleness=0))
-    second.push(push(0, vector(9), worker=1, of=second))
-    answer = second.push(old)
-    assert answer.verdict is Verdict.APPLIED and answer.staleness == 0 and answer.life == 2
-
-
 # What is not finite.
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, None])
-@pytest.mark.parametrize("rule", [xu, nesterov])
+@pytest.mark.parametrize(
+    ("rule", "value"), [(xu, math.nan), (xu, None), (nesterov, math.inf), (nesterov, math.nan), (nesterov, None)]
+)
 def test_what_is_not_finite_moves_nothing(rule: Rule, value: float | None, tmp_path: Path) -> None:
     server = shard(tmp_path, rule, bounds=Bounds(not_finite=2))
     server.push(push(0, vector(0), unit=0))
@@ -284,10 +157,11 @@ def test_what_follows_is_as_if_it_had_not_come(rule: Rule, tmp_path: Path) -> No
 # Age.
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(ages=st.lists(st.integers(0, 5), min_size=1, max_size=10), bound=st.none() | st.integers(0, 4))
-def test_old_pushes_are_refused_and_steps_divided_by_age(ages: list[int], bound: int | None) -> None:
+def test_old_pushes_are_refused_and_steps_divided_by_age(begun: Path, ages: list[int], bound: int | None) -> None:
     with TemporaryDirectory() as folder:
+        shutil.copytree(begun, folder, dirs_exist_ok=True)
         server = shard(Path(folder), bounds=Bounds(staleness=bound, scaled=True))
         expected, t, taken = theta(server), 0, []
         for number, age in enumerate(ages):
@@ -320,22 +194,18 @@ def test_scaling_leaves_the_schedule_alone(tmp_path: Path) -> None:
 # What a push may be.
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
+def test_what_cannot_be_taken_is_as_if_it_had_not_come(tmp_path: Path) -> None:
+    server = shard(tmp_path)
+    before = theta(server)
+    contents: list[Any] = [
         np.zeros(SIZE - 1), np.zeros((SIZE, 1)), np.zeros(SIZE, np.float32), np.zeros(SIZE, ">f8"), [0.0] * SIZE,
         torch.zeros(SIZE, dtype=torch.float64), 0.0,
         Sparse(SIZE + 1, np.array([1], np.int32), np.array([1.0], np.float32)),
-    ],
-    ids=lambda content: type(content).__name__,
-)  # fmt: skip
-def test_what_cannot_be_taken_is_as_if_it_had_not_come(content: Any, tmp_path: Path) -> None:
-    server = shard(tmp_path)
-    before = theta(server)
-    with pytest.raises(ValueError, match="content is"):
-        server.push(push(0, content, unit=1))
-    with pytest.raises(ValueError, match="content is"):
-        server.push(push(0, content, unit=1))
+    ]  # fmt: skip
+    for content in contents:
+        for _ in range(2):
+            with pytest.raises(ValueError, match="content is"):
+                server.push(push(0, content, unit=1))
     assert (theta(server) == before).all() and not server.applied.any()
     assert server.push(push(0, vector(0), unit=1)).verdict is Verdict.APPLIED
 

@@ -115,21 +115,31 @@ def momentum(
 
 
 def elastic(
-    theta: np.ndarray, order: Sequence[int], gradient: Gradient, *, every: int, lr: float, alpha: float
+    theta: np.ndarray, order: Sequence[int], gradient: Gradient, *, every: int, lr: Callable[[int], float], alpha: float
 ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-    """Asynchronous EASGD (Zhang, Choromanska and LeCun, 2015): the centre, and the parameters of each worker."""
+    """Asynchronous EASGD (Zhang, Choromanska and LeCun, 2015): the centre, and the parameters of each worker.
+
+    ``lr`` is that of a minibatch, by its number.
+    """
     center, own = theta.copy(), dict[int, np.ndarray]()
     for unit, worker in enumerate(order):
         x = own.get(worker, center).copy()
         for minibatch in range(unit * every, (unit + 1) * every):
-            x = x - lr * gradient(x, minibatch)
+            x = x - lr(minibatch) * gradient(x, minibatch)
         d = alpha * (x - center)
         own[worker], center = x - d, center + d
     return center, own
 
 
 def outer_nesterov(
-    theta: np.ndarray, order: Sequence[int], gradient: Gradient, *, every: int, lr: float, outer: float, beta: float
+    theta: np.ndarray,
+    order: Sequence[int],
+    gradient: Gradient,
+    *,
+    every: int,
+    lr: Callable[[int], float],
+    outer: float,
+    beta: float,
 ) -> np.ndarray:
     """Local steps, whose sum is a gradient to the server (Douillard et al., 2023), asynchronous."""
     theta, v = theta.copy(), np.zeros_like(theta)
@@ -138,7 +148,7 @@ def outer_nesterov(
         start = at.get(worker, theta)
         x = start.copy()
         for minibatch in range(unit * every, (unit + 1) * every):
-            x = x - lr * gradient(x, minibatch)
+            x = x - lr(minibatch) * gradient(x, minibatch)
         delta = start - x
         v = beta * v + delta
         theta = theta - outer * (delta + beta * v)
