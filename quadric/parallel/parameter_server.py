@@ -5,7 +5,6 @@ They are detached and have names: a driver that is started again finds them.
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import time
@@ -22,7 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from quadric.parallel.engine import ActorUnavailableError, RayTaskError, ray
 from quadric.parallel.exchange import Answer, Push
-from quadric.parallel.partition import partition
+from quadric.parallel.partition import hollow, partition
 from quadric.parallel.shard import Bounds, Rule, Shard, begin
 from quadric.parallel.worker import Link
 from quadric.space import ParameterSpace
@@ -78,7 +77,7 @@ class ParameterServer:
                 name=f"{name}-{number}", lifetime="detached", get_if_exists=True, num_cpus=0,
                 max_restarts=-1, max_task_retries=-1,
             )  # fmt: skip
-            self.shards.append(actor.remote(_hollow(part), rule, options))
+            self.shards.append(actor.remote(hollow(part), rule, options))
         self._ask("ready")
 
     def theta(self) -> Float[Tensor, " n"]:
@@ -113,17 +112,12 @@ class ParameterServer:
         return [_heard(call) for call in [partial(getattr(shard, what).remote) for shard in self.shards]]
 
 
-def _hollow(part: nn.Module) -> nn.Module:
-    """The part without its numbers."""
-    return copy.deepcopy(part).to("meta")
-
-
 @ray.remote
 class _ShardActor:
     """A `Shard` in a process of its own."""
 
     def __init__(self, part: nn.Module, rule: Rule, options: dict[str, Any]) -> None:
-        self._shard = Shard(part.to_empty(device="cpu"), rule, **options)
+        self._shard = Shard(part, rule, **options)
 
     def ready(self) -> bool:
         return True
