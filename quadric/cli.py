@@ -126,6 +126,12 @@ def _parser() -> argparse.ArgumentParser:
         help="recipe arguments and options, such as first_order.lr=3e-4",
     )
     train.add_argument("--work", type=Path, default=Path("exp"), help="folder of working folders (default: exp)")
+    train.add_argument(
+        "--async", action="store_true", dest="asynchronous",
+        help="by workers on a parameter server that wait for nobody: averaged SGD in one pass, and what options bring "
+        "in besides, such as first_order.optimizer=SGD; --options lists those of asynchronous.OPTION",
+    )  # fmt: skip
+    train.add_argument("--workers", type=int, help="with --async: processes that compute (default: 2)")
     train.add_argument("--options", action="store_true", help="print all options with their values, and stop")
     train.set_defaults(command=_train, name="train")
 
@@ -289,9 +295,20 @@ def _warn_of_restarts() -> None:
         print(f"quadric: torchrun may restart this {restarts} times: {remedy}", file=sys.stderr)
 
 
+def _asynchronously(chosen: argparse.Namespace) -> list[str]:
+    """The options that ``--async`` and ``--workers`` stand for."""
+    if not chosen.asynchronous:
+        if chosen.workers is not None:
+            raise ValueError(f"--workers {chosen.workers}: is of asynchronous training; give --async as well")
+        return []
+    others = ("first_order", "block_diagonal", "hessian_free", "natural_gradient", "nghf")
+    return [*(f"{name}=none" for name in others), "averaged.epochs=1", f"asynchronous.workers={chosen.workers or 2}"]
+
+
 def _train_on(communicator: Communicator, chosen: argparse.Namespace) -> None:
     """Only the first rank prints, logs and shows bars."""
-    job = communicator.first_then_all("reading the options", partial(make_job, chosen.recipe, chosen.overrides))
+    assignments = [*_asynchronously(chosen), *chosen.overrides]
+    job = communicator.first_then_all("reading the options", partial(make_job, chosen.recipe, assignments))
     if chosen.rank:
         if not chosen.options:
             _run(job, chosen.work / job.name, progress=silent, communicator=communicator)

@@ -88,7 +88,8 @@ class ExampleStream:
         self.inputs, self.targets, self.shard = inputs, targets, shard
         self._prepare, self._change, self._micro, self._seed = prepare, change, micro, seed
         self._epoch, self._position = 0, 0
-        self._order = self._permutation(_ORDER, 0)
+        self._permuted: tuple[int, int] | None = None
+        self._go_to(0, 0)
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -160,7 +161,9 @@ class ExampleStream:
 
     def _go_to(self, epoch: int, position: int) -> None:
         self._epoch, self._position = epoch, position
-        self._order = self._permutation(_ORDER, epoch)
+        if self._permuted != (self._seed, epoch):
+            self._permuted = (self._seed, epoch)
+            self._order: Int64[np.ndarray, " N"] = self._permutation(_ORDER, epoch)
 
     def _permutation(self, purpose: int, number: int) -> Int64[np.ndarray, " N"]:
         # Sorting raw bits: they are the part of a NumPy generator that is fixed across its versions.

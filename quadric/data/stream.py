@@ -82,7 +82,8 @@ class FrameStream:
         self._fingerprint = _fingerprint(self._examples)
         self._total = sum(len(example.features) for example in self._examples)
         self._epoch, self._position = 0, 0
-        self._order = self._permutation(_ORDER, 0)
+        self._permuted: tuple[int, int] | None = None
+        self._go_to(0, 0)
 
     def draw(self, frames: int, parts: int = 1) -> Batches:
         """The next items, just enough to reach ``frames`` target frames, in minibatches of similar lengths.
@@ -99,9 +100,10 @@ class FrameStream:
         place = (self._epoch, self._position)
         taken, missing = [], frames
         while missing > 0:
-            stop = self._position + _reach(self._lengths(self._order[self._position :]), missing)
+            seen = self._seen
+            stop = min(int(np.searchsorted(self._ends, seen + missing)) + 1, len(self._order))
             taken.append(self._order[self._position : stop])
-            missing -= int(self._lengths(taken[-1]).sum())
+            missing -= int(self._ends[stop - 1]) - seen
             if stop == len(self._order):
                 self._go_to(self._epoch + 1, 0)
             else:
@@ -176,7 +178,7 @@ class FrameStream:
     @property
     def frames_seen(self) -> int:
         """Target frames drawn so far, over all epochs."""
-        return self._epoch * self._total + int(self._lengths(self._order[: self._position]).sum())
+        return self._epoch * self._total + self._seen
 
     @property
     def epoch(self) -> float:
@@ -213,7 +215,15 @@ class FrameStream:
 
     def _go_to(self, epoch: int, position: int) -> None:
         self._epoch, self._position = epoch, position
-        self._order = self._permutation(_ORDER, epoch)
+        if self._permuted != (self._seed, epoch):
+            self._permuted = (self._seed, epoch)
+            self._order: Items = self._permutation(_ORDER, epoch)
+            self._ends: Items = np.cumsum(self._lengths(self._order))
+
+    @property
+    def _seen(self) -> int:
+        """Frames of this epoch."""
+        return int(self._ends[self._position - 1]) if self._position else 0
 
     def _permutation(self, purpose: int, number: int) -> Items:
         # Sorting raw bits: they are the part of a NumPy generator that is fixed across its versions.

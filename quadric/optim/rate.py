@@ -21,14 +21,14 @@ def search_rate(cost: Callable[[float], float], first: float = 1.0) -> float:
     """The rate at which a short training ends with a low cost, among ``first`` and its multiples by powers of 2.
 
     From ``first`` and twice that it moves by factors of 2 in the direction in which the cost falls, until it rises. The
-    lower of the last two is the rate: of a cost with one minimum that is either where the minimum is or half of it, and
-    the lower is the safer for a training that is longer. What is not finite counts as infinitely high.
+    best of those tried is the rate, wherever it came from: ``svmasgd`` takes half of it where it came from above, which
+    costs a network much of its only pass. What is not finite counts as infinitely high.
 
     Raises:
         ValueError: ``first`` is no positive number, or no rate has a finite cost.
 
     >>> search_rate(lambda rate: (rate - 0.3) ** 2)
-    0.125
+    0.25
     >>> search_rate(lambda rate: (rate - 30.0) ** 2)
     32.0
     """
@@ -39,21 +39,22 @@ def search_rate(cost: Callable[[float], float], first: float = 1.0) -> float:
         found = float(cost(rate))
         return found if math.isfinite(found) else math.inf
 
-    low, high = first, 2 * first
-    below, above = at(low), at(high)
-    upwards = above < below
+    best, lowest, factor = first, at(first), 2.0
+    upper = at(2 * first)
+    if upper < lowest:
+        best, lowest = 2 * first, upper
+    elif lowest < upper or lowest == math.inf:
+        factor = 0.5
+    else:
+        return first
     for _ in range(_MOST):
-        if upwards and above < below:
-            low, below, high = high, above, 2 * high
-            above = at(high)
-        elif not upwards and (below < above or below == math.inf):
-            high, above, low = low, below, low / 2
-            below = at(low)
-        else:
-            return low
-    if below == math.inf:
-        raise ValueError(f"cost is not finite at any rate from {first} down to {low}: look at the data and the model")
-    return low
+        found = at(best * factor)
+        if found > lowest or found == lowest < math.inf:
+            return best
+        best, lowest = best * factor, found
+    if lowest == math.inf:
+        raise ValueError(f"cost is not finite at any rate from {first} down to {best}: look at the data and the model")
+    return best
 
 
 def sgd_cost(
@@ -81,7 +82,7 @@ def sgd_cost(
     >>> model = nn.Linear(1, 1, bias=False)
     >>> x = torch.ones(8, 1)
     >>> search_rate(sgd_cost(model, SquaredError(), [[(x, 2 * x)]] * 4))
-    0.5
+    1.0
 
     Raises:
         ValueError: there is no minibatch.

@@ -53,8 +53,9 @@ class Cluster:
             address, self._own = _start(folder, cpus, memory), True
         else:
             _check_token(address)
-        from quadric.parallel.engine import ray
+        from quadric.parallel.engine import forget_token, ray
 
+        forget_token()  # of the cluster before, if this process has been in one
         try:
             ray.init(address=address, namespace=_NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, TimeoutError) as error:

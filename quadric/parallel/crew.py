@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,10 +19,10 @@ from torch import Tensor, nn
 
 from quadric.comm.compression import Compressor
 from quadric.loss.loss import Loss
-from quadric.parallel.engine import RayActorError, RayTaskError, ray
+from quadric.parallel.engine import RayActorError, ray
 from quadric.parallel.exchange import Verdict
 from quadric.parallel.ledger import Ledger
-from quadric.parallel.parameter_server import ActorLink, ParameterServer
+from quadric.parallel.parameter_server import ActorLink, ParameterServer, got
 from quadric.parallel.units import Units
 from quadric.parallel.worker import Gradients, Report, Strategy, Worker
 from quadric.space import ParameterSpace
@@ -87,8 +88,8 @@ class _WorkerActor:
             seed=work.seed,
         )
 
-    def ready(self) -> bool:
-        return True
+    def ready(self) -> int:
+        return os.getpid()
 
     def do(self, units: Sequence[int]) -> Done:
         start = time.monotonic()
@@ -109,11 +110,11 @@ def _shapes(model: nn.Module, sizes: Sequence[int]) -> list[list[torch.Size]]:
 
 @dataclass
 class Hand:
-    """A worker as its driver knows it."""
+    """A worker as its driver knows it; without a ``pid`` it has not begun."""
 
     actor: Any
     incarnation: int
-    ready: bool = False
+    pid: int | None = None
     dropped: bool = False
     lease: int = 1
     deaths: int = 0
@@ -142,6 +143,7 @@ class Crew:
         if workers < 1:
             raise ValueError(f"workers={workers}: give one at least")
         self._server, self._alone = server, alone
+        self._warming: Hand | None = None
         self._work = ray.put(work)
         counts = server.counts()
         self._incarnation = 1 + max(count["incarnation"] for count in counts)
@@ -156,8 +158,8 @@ class Crew:
         """Works until every shard has applied every unit; a tick at least every half second.
 
         Raises:
-            RuntimeError: workers die without having done anything, or all were dropped.
-            RayTaskError: what a worker computes raises an exception, which would be raised again.
+            ValueError: what a worker computes on is faulty.
+            RuntimeError: workers fail, die without having done anything, or all were dropped.
         """
         while True:
             news: list[str] = []
@@ -196,7 +198,7 @@ class Crew:
         now = time.monotonic()
         warm = int(self.ledger.settled[: self._alone].sum()) < min(self._alone, len(self.ledger.settled))
         for number, hand in self.hands.items():
-            if hand.dropped or not hand.ready or (warm and hand is not self._first()):
+            if hand.dropped or hand.pid is None or (warm and hand is not self._first(hand)):
                 continue
             while len(hand.pending) < 2:
                 count = min(hand.lease, max(1, self.ledger.left // (4 * len(self.hands))))
@@ -207,8 +209,11 @@ class Crew:
                     break
                 hand.pending[hand.actor.do.remote(units)] = units
 
-    def _first(self) -> Hand:
-        return next(hand for hand in self.hands.values() if hand.ready and not hand.dropped)
+    def _first(self, ready: Hand) -> Hand:
+        """Who works alone: the worker that was the first to be there, while it lives."""
+        if self._warming not in self.hands.values() or self._warming is None or self._warming.dropped:
+            self._warming = ready
+        return self._warming
 
     def _collect(self, news: list[str]) -> list[Report]:
         """Waits for the next leases that end."""
@@ -224,16 +229,14 @@ class Crew:
             if ref not in hand.pending:
                 continue  # of a worker that has died meanwhile
             try:
-                done = ray.get(ref)
-            except RayTaskError:
-                raise
+                done = got(ref)
             except RayActorError as error:
                 self._bury(number, news, error)
                 continue
             units = hand.pending.pop(ref)
-            if done is True:
-                hand.ready = True
-                news.append(f"worker {number} is there (process {hand.incarnation})")
+            if isinstance(done, int):
+                hand.pid = done
+                news.append(f"worker {number} is there, as incarnation {hand.incarnation}")
             else:
                 reports += self._take(number, units, done, news)
         return reports

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable
+from heapq import heappop, heappush
 
 from torch import Tensor
 
 
 class Ledger:
-    """Deals out units, in order, so that each is settled in the end, whatever happens to workers.
+    """Deals out units, the lowest first, so that each is settled in the end, whatever happens to workers.
 
-    A unit that is worked on twice is still applied once: shards refuse the second. So what a worker that has fallen
-    silent holds may be dealt out again, and nobody waits for it.
+    A unit waits as long as it is neither settled nor held by a worker. One that is worked on twice is still applied
+    once: shards refuse the second. So what a worker that has fallen silent holds may be dealt out again, and nobody
+    waits for it.
 
     Args:
         settled: [units], those that are done already.
+
+    >>> import torch
+    >>> ledger = Ledger(torch.zeros(3, dtype=torch.bool))
+    >>> ledger.take(0, 2, now=0.0, overdue=5.0), ledger.take(1, 2, now=0.0, overdue=5.0)
+    ([0, 1], [2])
+    >>> ledger.settle([0])
+    >>> ledger.release(0), ledger.take(1, 2, now=1.0, overdue=5.0)
+    ([1], [1])
     """
 
     def __init__(self, settled: Tensor) -> None:
         self.settled = settled.clone()
-        self._waiting = deque((~self.settled).nonzero().flatten().tolist())
+        # A heap of all that wait; what else is in it is passed over.
+        self._queue: list[int] = (~self.settled).nonzero().flatten().tolist()
         self._held: dict[int, dict[int, float]] = {}
 
     @property
@@ -33,15 +43,20 @@ class Ledger:
 
         Where no unit waits, those that another worker has held for more than ``overdue`` seconds.
         """
-        taken = [self._waiting.popleft() for _ in range(min(count, len(self._waiting)))]
+        taken: list[int] = []
         own = self._held.setdefault(worker, {})
+        while self._queue and len(taken) < count:
+            unit = heappop(self._queue)
+            if self._waits(unit):
+                taken.append(unit)
+                own[unit] = now
         if not taken:
             others = (held for other, held in self._held.items() if other != worker)
             late = sorted({u for held in others for u, since in held.items() if now - since > overdue} - own.keys())
             taken = late[:count]
             for held in self._held.values():  # one more worker at a time
                 held.update((u, now) for u in taken if u in held)
-        own.update((unit, now) for unit in taken)
+            own.update((unit, now) for unit in taken)
         return taken
 
     def settle(self, units: Iterable[int]) -> None:
@@ -52,24 +67,26 @@ class Ledger:
                 held.pop(unit, None)
 
     def release(self, worker: int) -> list[int]:
-        """The worker is gone: what it alone held waits again, before all else. Returns those units."""
-        held = self._held.pop(worker, {})
-        elsewhere = {unit for other in self._held.values() for unit in other}
-        back = [unit for unit in held if unit not in elsewhere]
-        self._waiting.extendleft(reversed(back))
-        return back
+        """The worker is gone: what it alone held waits again. Returns those units."""
+        return self._queued(self._held.pop(worker, {}))
 
     def give_back(self, worker: int, units: Iterable[int]) -> None:
         """The worker has not settled these after all."""
         held = self._held.get(worker, {})
-        for unit in units:
-            if unit in held and not any(unit in other for w, other in self._held.items() if w != worker):
-                self._waiting.appendleft(unit)
-            held.pop(unit, None)
+        self._queued([unit for unit in units if held.pop(unit, None) is not None])
 
     def lack(self, applied: Tensor) -> list[int]:
         """Units that count as settled and are not among ``applied``, those of one shard: they wait again."""
         lost = (self.settled & ~applied).nonzero().flatten().tolist()
         self.settled[lost] = False
-        self._waiting.extendleft(reversed(lost))
-        return lost
+        return self._queued(lost)
+
+    def _waits(self, unit: int) -> bool:
+        return not self.settled[unit] and not any(unit in held for held in self._held.values())
+
+    def _queued(self, units: Iterable[int]) -> list[int]:
+        """Those that wait, in the queue."""
+        waiting = [unit for unit in units if self._waits(unit)]
+        for unit in waiting:
+            heappush(self._queue, unit)
+        return waiting

@@ -5,8 +5,8 @@ They are detached and have names: a driver that is started again finds them.
 
 from __future__ import annotations
 
-import copy
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from quadric.parallel.engine import ActorUnavailableError, ray
+from quadric.parallel.engine import ActorUnavailableError, RayTaskError, ray
 from quadric.parallel.exchange import Answer, Push
-from quadric.parallel.partition import partition
+from quadric.parallel.partition import hollow, partition
 from quadric.parallel.shard import Bounds, Rule, Shard, begin
 from quadric.parallel.worker import Link
 from quadric.space import ParameterSpace
@@ -77,7 +77,7 @@ class ParameterServer:
                 name=f"{name}-{number}", lifetime="detached", get_if_exists=True, num_cpus=0,
                 max_restarts=-1, max_task_retries=-1,
             )  # fmt: skip
-            self.shards.append(actor.remote(_hollow(part), rule, options))
+            self.shards.append(actor.remote(hollow(part), rule, options))
         self._ask("ready")
 
     def theta(self) -> Float[Tensor, " n"]:
@@ -96,7 +96,7 @@ class ParameterServer:
         return self._ask("applied")
 
     def counts(self) -> list[Mapping[str, Any]]:
-        """Of each shard, as `Shard.counts`, and the seconds that its process has computed: ``cpu``."""
+        """Of each shard, as `Shard.counts`, and of its process ``pid`` and ``cpu``, the seconds it has computed."""
         return self._ask("counts")
 
     def save(self) -> None:
@@ -112,17 +112,12 @@ class ParameterServer:
         return [_heard(call) for call in [partial(getattr(shard, what).remote) for shard in self.shards]]
 
 
-def _hollow(part: nn.Module) -> nn.Module:
-    """The part without its numbers."""
-    return copy.deepcopy(part).to("meta")
-
-
 @ray.remote
 class _ShardActor:
     """A `Shard` in a process of its own."""
 
     def __init__(self, part: nn.Module, rule: Rule, options: dict[str, Any]) -> None:
-        self._shard = Shard(part.to_empty(device="cpu"), rule, **options)
+        self._shard = Shard(part, rule, **options)
 
     def ready(self) -> bool:
         return True
@@ -140,7 +135,7 @@ class _ShardActor:
         return self._shard.applied
 
     def counts(self) -> Mapping[str, Any]:
-        return {**self._shard.counts(), "cpu": time.process_time()}
+        return {**self._shard.counts(), "cpu": time.process_time(), "pid": os.getpid()}
 
     def save(self) -> int:
         return self._shard.save()
@@ -151,11 +146,26 @@ def _heard(call: Callable[[], Any], *, seconds: float = 300.0) -> Any:
     deadline = time.monotonic() + seconds
     while True:
         try:
-            return ray.get(call())
+            return got(call())
         except ActorUnavailableError:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.05)
+
+
+def got(answer: Any) -> Any:
+    """What an actor has answered.
+
+    Raises:
+        ValueError: what it was given was faulty, as it says.
+        RuntimeError: it failed in another way.
+    """
+    try:
+        return ray.get(answer)
+    except RayTaskError as error:
+        if isinstance(error.cause, ValueError):
+            raise ValueError(str(error.cause)) from error
+        raise RuntimeError(f"{error.function_name} failed ({type(error.cause).__name__}: {error.cause})") from error
 
 
 class ActorLink(Link):
@@ -174,7 +184,7 @@ class ActorLink(Link):
         answers = []
         for call, made in [(call, call()) for call in calls]:
             try:
-                answers.append(ray.get(made))
+                answers.append(got(made))
             except ActorUnavailableError:
                 answers.append(_heard(call))
         return answers

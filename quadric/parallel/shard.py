@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
@@ -67,23 +68,31 @@ def begin(part: nn.Module, folder: Path, *, units: int = 0) -> bool:
         units: of data that the whole training has: a push is of one of them, or of none.
 
     Raises:
-        ValueError: there is one, of another number of parameters or units.
+        ValueError: there is one, of another number of parameters or units, or another type.
     """
-    theta = ParameterSpace(part).point()
+    space = ParameterSpace(part)
     try:
-        state = checkpoint.load(folder, Solo())
+        _load(folder, space, units)
     except FileNotFoundError:
         nothing: dict[str, Any] = {"optimizer": None, "scheduler": None, "clock": 0, "life": 0}
         counts: dict[str, Any] = {"last": [], "bad": {}, "verdicts": {}, "staleness": {}}
         applied = torch.zeros(units, dtype=torch.bool)
-        checkpoint.save({"theta": theta, "applied": applied, **nothing, **counts}, folder, Solo())
+        checkpoint.save({"theta": space.point(), "applied": applied, **nothing, **counts}, folder, Solo())
         return True
-    if state["theta"].shape != theta.shape or len(state["applied"]) != units:
-        raise ValueError(
-            f"folder={folder}: its checkpoint has {len(state['theta'])} parameters and {len(state['applied'])} units, "
-            f"and not {len(theta)} and {units}: it is of another training; choose another folder"
-        )
     return False
+
+
+def _load(folder: Path, space: ParameterSpace, units: int | None = None) -> dict[str, Any]:
+    """The checkpoint, if it is one of such parameters, and of so many units where that is known."""
+    state = checkpoint.load(folder, Solo())
+    theta, applied = state["theta"], len(state["applied"])
+    units = applied if units is None else units
+    if (len(theta), theta.dtype, applied) != (space.size, space.dtype, units):
+        raise ValueError(
+            f"folder={folder}: its checkpoint has {len(theta)} parameters of {theta.dtype} and {applied} units, and "
+            f"not {space.size} of {space.dtype} and {units}: it is of another training; choose another folder"
+        )
+    return state
 
 
 class Shard:
@@ -93,7 +102,7 @@ class Shard:
 
     Args:
         part: whose parameters are the shard's, in the order of its parameter vector. They are moved into one vector,
-            and take the values of the checkpoint.
+            and take the values of the checkpoint, so that they may be `hollow` before.
         rule: makes the optimiser.
         schedule: of its learning rate, stepped with each push that is applied.
         folder: of the checkpoint.
@@ -102,11 +111,11 @@ class Shard:
     Attributes:
         clock: pushes applied.
         life: how often the shard has been started.
-        applied: [units], which were.
+        applied: [units], which are done with: applied, or refused as not finite.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
-        ValueError: it is of another training, or the parameters are of a type that NumPy lacks.
+        ValueError: it is of another training, or the parameters are neither float32 nor float64.
     """
 
     def __init__(
@@ -119,14 +128,17 @@ class Shard:
         bounds: Bounds = Bounds(),
     ) -> None:
         space = ParameterSpace(part)
+        if space.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"part has parameters of {space.dtype}: a shard holds torch.float32 or torch.float64")
         self._space, self._folder, self._bounds = space, folder, bounds
-        self._theta = space.point()
+        state = _load(folder, space)
+        self._theta: Tensor = state["theta"]
         self._gradient = torch.zeros_like(self._theta)
         for parameter, view in zip(space.parameters, space.split(self._theta), strict=True):
             parameter.data = view
         self._optimizer = rule(part)
         self._scheduler = schedule(self._optimizer) if schedule else None
-        self._restore()
+        self._restore(state)
 
     @property
     def size(self) -> int:
@@ -141,15 +153,12 @@ class Shard:
         """Applies a push, or says why not; and the parameters as they are then.
 
         Raises:
-            ValueError: it has another size than the shard, or is of a unit that there is not.
+            ValueError: it has another size or type than the shard, or is of a unit that there is not. It is as if it
+                had not come.
         """
+        self._check(push)
         staleness = self.clock - push.clock if push.life == self.life else 0
-        verdict = self._judged(push, staleness)
-        if verdict is Verdict.APPLIED:
-            self._apply(push.content, staleness)
-            self._staleness[staleness] += 1
-        if verdict.settles and push.unit != NO_UNIT:
-            self.applied[push.unit] = True
+        verdict = self._refused(push, staleness) or self._taken(push, staleness)
         self._verdicts[verdict.name] += 1
         return self.pull()._replace(verdict=verdict, staleness=staleness)
 
@@ -183,14 +192,7 @@ class Shard:
         checkpoint.save(state, self._folder, Solo())
         return self.clock
 
-    def _restore(self) -> None:
-        state = checkpoint.load(self._folder, Solo())
-        if state["theta"].shape != self._theta.shape:
-            raise ValueError(
-                f"folder={self._folder}: its checkpoint has {len(state['theta'])} parameters, this shard {self.size}: "
-                "it is of another training; choose another folder"
-            )
-        self._theta.copy_(state["theta"])
+    def _restore(self, state: dict[str, Any]) -> None:
         if state["optimizer"] is not None:
             self._optimizer.load_state_dict(state["optimizer"])
             if self._scheduler is not None:
@@ -201,10 +203,20 @@ class Shard:
         self._staleness = Counter(state["staleness"])
         self.save()  # lives are told apart by those before any push
 
-    def _judged(self, push: Push, staleness: int) -> Verdict:
-        """What is to become of a push; remembers its sender."""
+    def _check(self, push: Push) -> None:
         if not NO_UNIT <= push.unit < len(self.applied):
             raise ValueError(f"unit={push.unit}: there are {len(self.applied)}; give one of them, or {NO_UNIT}")
+        content, mine = push.content, self._theta.numpy()
+        if isinstance(content, Message):
+            if content.length != self.size:
+                raise ValueError(f"content is of {content.length} numbers: this shard takes {self.size}")
+        elif content is not None:
+            found = (getattr(content, "dtype", type(content)), getattr(content, "shape", ()))
+            if not isinstance(content, np.ndarray) or found != (mine.dtype, mine.shape):
+                raise ValueError(f"content is {found[0]} {found[1]}: give an array of {mine.dtype} {mine.shape}")
+
+    def _refused(self, push: Push, staleness: int) -> Verdict | None:
+        """Why the content of a push is not even looked at, if it is not."""
         incarnation, sequence = self._last.get(push.worker, (0, -1))
         if push.incarnation < incarnation:
             return Verdict.SUPERSEDED
@@ -216,40 +228,43 @@ class Shard:
             return Verdict.DUPLICATE
         if self._bounds.staleness is not None and staleness > self._bounds.staleness:
             return Verdict.STALE
-        self._last[push.worker] = (push.incarnation, push.sequence)
-        if not self._received(push.content):
-            self._bad[push.worker] += 1
-            return Verdict.NOT_FINITE
-        return Verdict.APPLIED
+        return None
 
-    def _received(self, content: Vector | Message | None) -> bool:
-        """Takes the gradient from what was sent; whether it is finite."""
-        if content is None:
-            return False
-        if isinstance(content, Message):
-            if content.length != self.size:
-                raise ValueError(f"content is of {content.length} numbers: this shard takes {self.size}")
-            self._gradient.zero_()
-            content.add_to(self._gradient)
-            vector = self._gradient
+    def _taken(self, push: Push, staleness: int) -> Verdict:
+        """What became of a push that was not refused; its sender and its unit are remembered."""
+        gradient = self._received(push.content)
+        if gradient is not None and math.isfinite(float(torch.linalg.vector_norm(gradient))):
+            verdict = Verdict.APPLIED
+            self._step(gradient, staleness)
+            self._staleness[staleness] += 1
         else:
-            mine = self._theta.numpy()
-            if content.shape != mine.shape or content.dtype != mine.dtype:
-                raise ValueError(f"content is {content.dtype} {content.shape}: give {mine.dtype} {mine.shape}")
-            vector = _tensor(content)
-            if not isinstance(self._optimizer, AveragedSGD):  # others may write to gradients, and what came is shared
-                self._gradient.copy_(vector)
-                vector = self._gradient
-        for parameter, view in zip(self._space.parameters, self._space.split(vector), strict=True):
-            parameter.grad = view
-        return math.isfinite(float(torch.linalg.vector_norm(vector)))
+            verdict = Verdict.NOT_FINITE
+            self._bad[push.worker] += 1
+        self._last[push.worker] = (push.incarnation, push.sequence)
+        if push.unit != NO_UNIT:
+            self.applied[push.unit] = True
+        return verdict
 
-    def _apply(self, content: Vector | Message | None, staleness: int) -> None:
+    def _received(self, content: Vector | Message | None) -> Tensor | None:
+        """The gradient that was sent, in memory that the optimiser may write to where it might."""
+        if isinstance(content, Message):
+            content.add_to(self._gradient.zero_())
+        elif content is None:
+            return None
+        elif isinstance(self._optimizer, AveragedSGD):  # it only reads
+            return _tensor(content)
+        else:
+            self._gradient.copy_(_tensor(content))
+        return self._gradient
+
+    def _step(self, gradient: Tensor, staleness: int) -> None:
         groups = self._optimizer.param_groups
         rates = [group["lr"] for group in groups]
         if self._bounds.scaled and staleness > 1:
             for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate / staleness
+        for parameter, view in zip(self._space.parameters, self._space.split(gradient), strict=True):
+            parameter.grad = view
         self._optimizer.step()
         for group, rate in zip(groups, rates, strict=True):
             group["lr"] = rate
@@ -261,11 +276,14 @@ class Shard:
 
     def _rate(self) -> float | None:
         """Of a plain step, where the rule takes no other."""
-        group = self._optimizer.param_groups[0]
+        groups = self._optimizer.param_groups
         if isinstance(self._optimizer, AveragedSGD):
-            return self._optimizer.rate(group)
-        plain = type(self._optimizer) is SGD and not group["momentum"]
-        return float(group["lr"]) if plain else None
+            rates = {self._optimizer.rate(group) for group in groups}
+        elif type(self._optimizer) is SGD and not any(group["momentum"] or group["maximize"] for group in groups):
+            rates = {float(group["lr"]) for group in groups}
+        else:
+            return None
+        return rates.pop() if len(rates) == 1 else None
 
 
 def _tensor(content: Vector) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import Any
 
 from quadric.data.batch import Batches
@@ -16,7 +17,8 @@ class Units:
     No minibatch goes over the end of a pass: each pass shows every frame once.
 
     Args:
-        stream: of the training data, with a seed that says all there is to random order.
+        stream: of the training data, of one rank, with a seed that says all there is to random order. It is read from
+            wherever a unit begins: who wants it elsewhere takes a copy.
         frames: of a minibatch, and the rest of its last item.
         epochs: passes; a part of one ends in the middle.
         every: minibatches of a unit.
@@ -28,14 +30,16 @@ class Units:
     [[2, 2], [1, 2], [2, 1]]
 
     Raises:
-        ValueError: numbers out of range.
+        ValueError: numbers out of range; the stream is of one rank of several.
     """
 
     def __init__(self, stream: Stream, *, frames: int, epochs: float = 1.0, every: int = 1) -> None:
         check_whole(frames=frames, every=every)
         for name, value in {"frames": frames, "epochs": epochs, "every": every}.items():
-            if not value > 0:
+            if not 0 < value < math.inf:
                 raise ValueError(f"{name}={value}: must be positive")
+        if stream.shard[1] != 1:
+            raise ValueError(f"stream.shard={stream.shard}: units are of all data; make the stream with shard=(0, 1)")
         self._stream, self.every = stream, every
         self.total_frames = stream.total_frames
         self._places: list[tuple[dict[str, Any], int]] = []
@@ -74,6 +78,6 @@ class Units:
         return slice(unit * self.every, (unit + 1) * self.every)
 
     def fingerprint(self) -> str:
-        """Of the data, its order and the cuts."""
+        """Of the data's lengths, its order and the cuts, but not of the numbers in it."""
         text = repr((self.every, self._places))
         return hashlib.sha256(text.encode()).hexdigest()

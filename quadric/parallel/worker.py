@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,6 +44,7 @@ class Report(NamedTuple):
     """Of one unit.
 
     Attributes:
+        worker: who did it.
         unit: its number.
         settled: whether nothing is left to be done about it.
         loss: the mean loss of its minibatches, before them.
@@ -52,6 +55,7 @@ class Report(NamedTuple):
         lives: of the shards.
     """
 
+    worker: int
     unit: int
     settled: bool
     loss: float
@@ -71,6 +75,9 @@ class Strategy(ABC):
     @abstractmethod
     def run(self, worker: Worker, unit: int) -> tuple[Flat, float]:
         """What is sent for the unit, and the mean loss."""
+
+    def forget(self) -> None:  # noqa: B027
+        """Begins anew, as what it has kept may not be finite."""
 
 
 class Gradients(Strategy):
@@ -100,6 +107,9 @@ class Local(Strategy):
     schedule: Callable[[Optimizer], LRScheduler] | None = None
 
     def __post_init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
         self._optimizer: Optimizer | None = None
         self._scheduler: LRScheduler | None = None
         self._moved = 0
@@ -111,12 +121,18 @@ class Local(Strategy):
             self._scheduler = self.schedule(self._optimizer) if self.schedule else None
         minibatches, value = worker.units[unit], 0.0
         for number, batches in enumerate(minibatches):
-            while self._scheduler is not None and self._moved < unit * worker.units.every + number:
-                self._scheduler.step()
-                self._moved += 1
+            self._move_to(unit * worker.units.every + number)
             value += worker.gradient(unit, number, batches) / len(minibatches)
             self._optimizer.step()
         return value
+
+    def _move_to(self, minibatch: int) -> None:
+        """The rate, without a word about the steps between, which others have taken."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+            while self._scheduler is not None and self._moved < minibatch:
+                self._scheduler.step()
+                self._moved += 1
 
 
 @dataclass
@@ -167,9 +183,17 @@ class Worker:
         strategy: what is computed and sent.
         number, incarnation: of the worker, and of its process.
         clip: the largest norm of what is sent; longer vectors are shortened to it. None: they are sent as they are.
-        compressors: one for each shard; None: vectors are sent as they are.
+        compressors: one for each shard; None: vectors are sent as they are. Of what a shard refuses nothing stays in
+            them: it is computed again, here or by another.
         autocast: as an `Objective` has it.
         seed: of random layers.
+
+    Attributes:
+        rate: by which the server would multiply a gradient, where it takes plain steps.
+        compressors: with what is still to be sent.
+
+    Raises:
+        ValueError: ``sizes`` are not those of the model, ``compressors`` not one for each; ``clip`` is not positive.
     """
 
     def __init__(
@@ -193,12 +217,14 @@ class Worker:
         check_whole(number=number, incarnation=incarnation)
         if sum(sizes) != self.space.size:
             raise ValueError(f"sizes sum to {sum(sizes)}: the model has {self.space.size} parameters")
+        if compressors is not None and len(compressors) != len(sizes):
+            raise ValueError(f"compressors: {len(compressors)} for {len(sizes)} shards: give one for each")
         if clip is not None and not clip > 0:
             raise ValueError(f"clip={clip}: must be positive, or None")
         self.rate: float | None = None
         self._link, self._sizes, self._strategy = link, list(sizes), strategy or Gradients()
         self._number, self._incarnation, self._sequence = number, incarnation, 0
-        self._clip, self._compressors = clip, compressors
+        self._clip, self.compressors = clip, list(compressors or ())
         self._autocast, self._seed = autocast, seed
         self._answers: list[Answer] | None = None
         self._begun = False
@@ -221,6 +247,7 @@ class Worker:
             self._load()
         assert self._answers is not None
         return Report(
+            self._number,
             unit,
             all(verdict.settles for verdict in verdicts),
             value,
@@ -254,12 +281,11 @@ class Worker:
 
     def _theirs(self) -> Flat:
         assert self._answers is not None
-        return torch.cat([torch.from_numpy(answer.theta.copy()) for answer in self._answers])
+        return torch.cat([torch.from_numpy(answer.theta.copy()) for answer in self._answers]).to(self.space.device)
 
     def _load(self) -> None:
-        theta = self._theirs().to(self.space.device)
         with torch.no_grad():
-            for parameter, part in zip(self.space.parameters, self.space.split(theta), strict=True):
+            for parameter, part in zip(self.space.parameters, self.space.split(self._theirs()), strict=True):
                 parameter.copy_(part)
 
     def _send(self, unit: int, vector: Flat) -> tuple[list[Verdict], int, int]:
@@ -269,22 +295,27 @@ class Worker:
         if self._clip is not None and norm > self._clip:
             vector = vector.mul_(self._clip / norm)
         contents: list[Vector | Message | None] = [None] * len(self._sizes)
+        before = [copy.copy(compressor) for compressor in self.compressors]
         if math.isfinite(norm):
             parts = vector.cpu().split(self._sizes)
             contents = [self._compressed(place, part) for place, part in enumerate(parts)]
+        else:
+            self._strategy.forget()
+            self._begun = False
         me = (self._number, self._incarnation, self._sequence, unit)
         pushes = [Push(*me, a.life, a.clock, c) for a, c in zip(self._answers, contents, strict=True)]
         self._sequence += 1
         self._hear(self._link.push(pushes))
         verdicts = [a.verdict for a in self._answers if a.verdict is not None]
-        for place, (verdict, content) in enumerate(zip(verdicts, contents, strict=True)):
-            if self._compressors is not None and isinstance(content, Message) and not verdict.arrived:
-                self._compressors[place].restore(content)
+        # What is refused is computed again, or was computed by another: nothing of it may be sent later.
+        for place, (verdict, compressor) in enumerate(zip(verdicts, before, strict=False)):
+            if not verdict.arrived:
+                self.compressors[place] = compressor
         staleness = max(answer.staleness for answer in self._answers)
         return verdicts, staleness, sum(content.nbytes for content in contents if content is not None)
 
     def _compressed(self, place: int, part: Flat) -> Vector | Message:
-        return part.numpy() if self._compressors is None else self._compressors[place].compress(part)
+        return part.numpy() if not self.compressors else self.compressors[place].compress(part)
 
 
 def _gradients(space: ParameterSpace) -> list[Tensor]:

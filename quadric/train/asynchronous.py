@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from quadric.comm.compression import AdaComp, CLTk, Compressor, HalfPrecision, LowRank, bin_lengths
 from quadric.parallel.shard import Bounds, Rule
 from quadric.parallel.worker import Elastic, Gradients, OuterSteps, Strategy
-from quadric.train.method import Method
+from quadric.train.method import Method, SecondOrderMethod
 from quadric.train.rules import NONE_OR_NOT_NEGATIVE, NONE_OR_POSITIVE, NOT_NEGATIVE, POSITIVE, SHARE, check, one_of
 
 Sending = Literal["gradients", "elastic", "outer"]
@@ -68,11 +68,6 @@ class Asynchronous:
         check(self, staleness=NONE_OR_NOT_NEGATIVE, not_finite=NOT_NEGATIVE, compression=one_of(Compression))
         check(self, share=(lambda value: 0 < value <= 1, "must be more than 0 and at most 1"), rank=POSITIVE)
 
-    @property
-    def key(self) -> tuple[object, ...]:
-        """What the training depends on: all but the number of workers."""
-        return tuple(value for name, value in vars(self).items() if name != "workers")
-
     def strategy(self, method: Method, minibatches: int) -> Strategy:
         """What a worker does."""
         if self.sends == "gradients":
@@ -96,6 +91,23 @@ class Asynchronous:
     def compressor(self) -> Callable[[Sequence[torch.Size]], Compressor] | None:
         """Of a shard's part of what is sent."""
         return None if self.compression == "none" else _Compressed(self.compression, self.share, self.rank)
+
+
+def asynchronous_key(options: Asynchronous | None) -> tuple[object, ...]:
+    """What a training depends on: all options but the number of workers; nothing where it is not asynchronous."""
+    return () if options is None else tuple(value for name, value in vars(options).items() if name != "workers")
+
+
+def check_methods(options: Asynchronous | None, methods: Mapping[str, Method]) -> None:
+    """Refuses methods that take steps no server can.
+
+    Raises:
+        ValueError: naming them.
+    """
+    second = [name for name, method in methods.items() if isinstance(method, SecondOrderMethod)]
+    if options is not None and second:
+        others = " ".join(f"{name}=none" for name in second)
+        raise ValueError(f"asynchronous: {', '.join(second)} cannot be: leave out with {others}")
 
 
 @dataclass(frozen=True)

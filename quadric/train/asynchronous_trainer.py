@@ -11,8 +11,8 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ from quadric.parallel.worker import Report
 from quadric.progress import Progress, silent
 from quadric.space import ParameterSpace
 from quadric.train import checkpoint
-from quadric.train.asynchronous import Asynchronous
+from quadric.train.asynchronous import Asynchronous, asynchronous_key
 from quadric.train.method import Method
 from quadric.train.metrics import MetricsLog
 from quadric.train.stages import digest, reading
@@ -84,10 +84,9 @@ class AsynchronousTrainer:
         self.units = Units(stream, frames=method.gradient_frames, epochs=method.epochs, every=options.every)
         self._space = ParameterSpace(model)
         self._metrics = MetricsLog(folder / "metrics.jsonl")
-        self._state: dict[str, Any] = {
-            "looks": 0, "seconds": 0.0, "best": math.inf, "stale": 0, "lost": 0, "done": False,
-            "fingerprint": digest(self.units.fingerprint(), self._space.names, options.key, method),
-        }  # fmt: skip
+        fingerprint = digest(self.units.fingerprint(), self._space.names, asynchronous_key(options), method)
+        counts = {"looks": 0, "update": 0, "stale": 0, "lost": 0, "seconds": 0.0, "best": math.inf}
+        self._state: dict[str, Any] = {**counts, "done": False, "model": None, "fingerprint": fingerprint}
         _check_steps(model, options.rule(method, len(self.units))[0])
 
     def fit(self, *, progress: Progress = silent, what: str = "training") -> Mapping[str, Any]:
@@ -101,13 +100,29 @@ class AsynchronousTrainer:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self._load()
-        if not self._state["done"]:
+        if self._state["done"]:
+            self.model.load_state_dict(self._state["model"])
+        else:
             with ExitStack() as stack:
                 cluster = Cluster(self.folder / "ray", cpus=self.options.workers)
                 stack.callback(cluster.leave)
                 self._train(cluster, stack, progress, what)
         with reading(self.folder):
             return checkpoint.load(self.folder / "model.pt")
+
+    @property
+    def update(self) -> int:
+        """Pushes of which the last look at the held-out data knew."""
+        return int(self._state["update"])
+
+    @property
+    def seconds(self) -> float:
+        """From the first worker's start on, looks at held-out data included."""
+        return float(self._state["seconds"])
+
+    def at_result(self) -> AbstractContextManager[None]:
+        """After `fit`: the model has the last parameters, of which ``model.pt`` may hold earlier ones."""
+        return nullcontext()
 
     def _train(self, cluster: Cluster, stack: ExitStack, progress: Progress, what: str) -> None:
         server = self._server()
@@ -209,6 +224,7 @@ class AsynchronousTrainer:
                 f"the held-out loss is {scores['loss']} after push {done}: training diverged; lower the learning rate "
                 f"or clip (the log is in {self.folder})"
             )
+        self._state["update"] = done
         self._state["stale"] += 1
         if self.held_out is None or scores["loss"] < self._state["best"]:
             self._state["best"], self._state["stale"] = scores.get("loss", math.inf), 0
@@ -239,38 +255,51 @@ class _Live:
     """What a person sees of the pushes."""
 
     def __init__(self, what: str, parameters: int, units: int) -> None:
-        self._what, self._parameters, self._units = what, parameters, units
-        self._reports: list[Report] = []
-        self._since = self._told = time.monotonic()
-        self._last: dict[str, float | str] = {}
+        self._what, self._units = what, units
+        self._lately, self._since_look = _Window(parameters), _Window(parameters)
 
     def take(self, tick: Tick, left: int) -> None:
-        self._reports += tick.reports
-        if time.monotonic() - self._told > LIVE_SECONDS and self._reports:
-            self._told = time.monotonic()
-            record = self._summed()
+        """Counts the reports, and says how it goes now and then."""
+        self._lately.add(tick.reports)
+        self._since_look.add(tick.reports)
+        if self._lately.reports and self._lately.seconds > LIVE_SECONDS:
+            told = self._lately.summed()
             logger.info(
                 "%s: push %d of %d, loss %.4f, %.1f pushes/s, %.1f MB/s, staleness %s",
-                self._what, self._units - left, self._units, *record.values(),
+                self._what, self._units - left, self._units, *told.values(),
             )  # fmt: skip
 
     def record(self) -> dict[str, float | str]:
-        """Since it was last summed."""
-        return self._summed() if self._reports else self._last
+        """Since the last look, for the log."""
+        return self._since_look.summed() if self._since_look.reports else {}
 
-    def _summed(self) -> dict[str, float | str]:
-        reports, now = self._reports, time.monotonic()
-        seconds = max(now - self._since, 1e-9)
-        ages = [report.staleness for report in reports if Verdict.APPLIED.name in report.verdicts]
-        share = {age: ages.count(age) / len(ages) for age in sorted(set(ages))}
-        self._last = {
-            "objective": sum(report.loss for report in reports) / len(reports),
-            "pushes_per_second": len(reports) / seconds,
-            "megabytes_per_second": sum(report.sent + 4 * self._parameters for report in reports) / seconds / 1e6,
-            "staleness": " ".join(f"{age}:{100 * part:.0f}%" for age, part in share.items()),
+
+class _Window:
+    """Pushes since some moment."""
+
+    def __init__(self, parameters: int) -> None:
+        self._parameters = parameters
+        self.reports: list[Report] = []
+        self._since = time.monotonic()
+
+    def add(self, reports: Sequence[Report]) -> None:
+        self.reports += reports
+
+    @property
+    def seconds(self) -> float:
+        return max(time.monotonic() - self._since, 1e-9)
+
+    def summed(self) -> dict[str, float | str]:
+        """Loss, throughput there and back, and how stale how many pushes were; the window begins anew."""
+        ages = [report.staleness for report in self.reports if Verdict.APPLIED.name in report.verdicts]
+        told: dict[str, float | str] = {
+            "objective": sum(report.loss for report in self.reports) / len(self.reports),
+            "pushes_per_second": len(self.reports) / self.seconds,
+            "megabytes_per_second": sum(r.sent + 4 * self._parameters for r in self.reports) / self.seconds / 1e6,
+            "staleness": " ".join(f"{age}:{100 * ages.count(age) / len(ages):.0f}%" for age in sorted(set(ages))),
         }
-        self._reports, self._since = [], now
-        return self._last
+        self.reports, self._since = [], time.monotonic()
+        return told
 
 
 def _check_steps(model: nn.Module, rule: Rule) -> None:

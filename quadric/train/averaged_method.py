@@ -44,7 +44,7 @@ class AveragedSGDMethod(Method):
     start: float = 0.5
     every: int = 1
     weight_decay: float = 0.0
-    search_frames: int = 8192
+    search_frames: int = 4096
 
     def __post_init__(self) -> None:
         super().__post_init__()

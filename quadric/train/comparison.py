@@ -12,18 +12,17 @@ from typing import Any
 import torch
 
 from quadric.comm.communicator import Communicator, Solo
-from quadric.optim.averaged import at_average
 from quadric.progress import Progress, silent
 from quadric.train import checkpoint
+from quadric.train.asynchronous import asynchronous_key
 from quadric.train.finished import environment
-from quadric.train.method import settled
 from quadric.train.metrics import MetricsLog
 from quadric.train.pipeline import Result
-from quadric.train.plan import Plan
 from quadric.train.report import Environment, Report, Run, write_report
 from quadric.train.stages import Stages, alone_in, plain, point, reading, write_json
 from quadric.train.task import Material, TaskJob
-from quadric.train.trainer import Trainer, evaluate
+from quadric.train.trainer import evaluate
+from quadric.train.trainers import trainer_of
 
 logger = logging.getLogger(__name__)
 
@@ -55,24 +54,31 @@ def _trained(
 ) -> dict[str, float]:
     """What a training ended with, on all sets."""
     method = job.methods[name]
-    stages, key = Stages(work), (method, job.task, job.evaluations, job.place.type, job.autocast, job.seed)
-    folder = communicator.first_then_all(f"beginning {name}", partial(stages.folder, name, *key))
+    key = (
+        method,
+        job.task,
+        job.evaluations,
+        job.place.type,
+        job.autocast,
+        job.seed,
+        *asynchronous_key(job.asynchronous),
+    )
+    folder = communicator.first_then_all(f"beginning {name}", partial(Stages(work).folder, name, *key))
     torch.manual_seed(job.seed)
     model = material.build().to(job.place)
     start = material.train.state_dict()
-    given = (model, material.loss, material.train)
-    method = settled(method, *given, folder, autocast=job.autocast, communicator=communicator)
-    plan = Plan(method.epochs, method.sampler, job.evaluations, job.autocast, job.seed, method.patience)
-    trainer = Trainer(
+    trainer = trainer_of(
+        method,
         model,
         material.loss,
-        method.build(model, communicator),
         material.train,
         material.dev,
-        plan,
         folder,
-        schedule=method.schedule,
+        evaluations=job.evaluations,
+        autocast=job.autocast,
+        seed=job.seed,
         communicator=communicator,
+        asynchronous=job.asynchronous,
     )
     best = trainer.fit(progress=progress, what=name)
     material.train.load_state_dict(start)  # every training begins where the data does
@@ -82,7 +88,7 @@ def _trained(
         with reading(folder):
             return dict(json.loads(results.read_text()))
     score = partial(evaluate, model, material.loss, autocast=job.autocast, communicator=communicator)
-    with at_average(trainer.optimizer):
+    with trainer.at_result():
         found = {f"last_train_{what}": value for what, value in score(material.seen).items()}
         found |= {f"last_dev_{what}": value for what, value in score(material.dev).items()}
     model.load_state_dict(best["model"])

@@ -17,6 +17,7 @@ from quadric.speech.features import Fbank
 from quadric.speech.gaussian import GaussianBootstrap
 from quadric.speech.normalisation import Normalisation
 from quadric.speech.tree import TreeOptions
+from quadric.train.asynchronous import Asynchronous, check_methods
 from quadric.train.averaged_method import AveragedSGDMethod
 from quadric.train.block_method import BlockDiagonalMethod
 from quadric.train.criterion import SequenceTraining
@@ -183,6 +184,7 @@ class Job:
         chunk: frames of the windows that minibatches are made of.
         first_order, block_diagonal, averaged, hessian_free, natural_gradient, nghf: the trainings to compare, each from
             the same start; None: leave it out.
+        asynchronous: do these trainings by workers on a parameter server; None: in one process, or on ranks.
         sequence: trainings by a sequence criterion, from one of these on; None: leave them out.
         decoding: of dev and test.
         autocast: compute matrix products in bfloat16.
@@ -217,6 +219,7 @@ class Job:
     hessian_free: HessianFree | None = field(default_factory=HessianFree)
     natural_gradient: NaturalGradient | None = None
     nghf: NGHF | None = None
+    asynchronous: Asynchronous | None = None
     sequence: SequenceTraining | None = None
     decoding: Decoding = field(default_factory=Decoding)
     autocast: bool = False
@@ -236,6 +239,7 @@ class Job:
                 "first_order, block_diagonal, averaged, hessian_free, natural_gradient, nghf are all none: "
                 "leave one in at least"
             )
+        check_methods(self.asynchronous, self.methods)
         if self.sequence is not None and self.sequence.start not in (None, *self.methods):
             raise ValueError(
                 f"sequence.start={self.sequence.start}: no such training; choose one of {', '.join(self.methods)}"

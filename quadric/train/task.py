@@ -21,6 +21,7 @@ from quadric.loss.loss import Bernoulli, CrossEntropy, Loss, SquaredError
 from quadric.model import vision
 from quadric.model.graph import GCN, normalised_adjacency
 from quadric.model.vision import VGG16, ResNet, autoencoder
+from quadric.train.asynchronous import Asynchronous, check_methods
 from quadric.train.averaged_method import AveragedSGDMethod
 from quadric.train.block_method import BlockDiagonalMethod
 from quadric.train.method import NGHF, FirstOrder, HessianFree, Method, NaturalGradient, named
@@ -189,6 +190,7 @@ class TaskJob:
         task: what is trained, on what.
         first_order, block_diagonal, averaged, hessian_free, natural_gradient, nghf: the trainings to compare, each from
             the same start; None: leave it out. Their frames are images, or the labelled nodes of a graph.
+        asynchronous: do the trainings by workers on a parameter server; None: one after the other, or on ranks.
         evaluations: of the held-out data over a training, besides the one before it.
         device: ``"cpu"``, ``"cuda"``, or ``"auto"``: a GPU where there is one.
         autocast: compute matrix products in bfloat16.
@@ -203,6 +205,7 @@ class TaskJob:
     hessian_free: HessianFree | None = None
     natural_gradient: NaturalGradient | None = None
     nghf: NGHF | None = None
+    asynchronous: Asynchronous | None = None
     evaluations: int = 20
     device: str = "auto"
     autocast: bool = False
@@ -216,6 +219,7 @@ class TaskJob:
                 "first_order, block_diagonal, averaged, hessian_free, natural_gradient, nghf are all none: "
                 "leave one in at least"
             )
+        check_methods(self.asynchronous, self.methods)
         if self.device != "auto":
             try:
                 kind = torch.device(self.device).type

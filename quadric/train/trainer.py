@@ -16,7 +16,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +194,10 @@ class Trainer:
                     )
         self._save()
         return self._best()
+
+    def at_result(self) -> AbstractContextManager[None]:
+        """A context in which the model has the last parameters, averaged where the optimiser averages."""
+        return at_average(self.optimizer)
 
     def _decide(self, stop: bool, due: bool) -> tuple[bool, bool]:
         """Whether any rank is to stop, and whether the first finds a checkpoint due; all then have its seconds too."""

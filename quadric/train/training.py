@@ -19,13 +19,13 @@ from quadric.model.acoustic import AcousticModel
 from quadric.progress import Progress
 from quadric.speech.tree import untie
 from quadric.train import checkpoint
+from quadric.train.asynchronous import Asynchronous, asynchronous_key
 from quadric.train.flat_start import Aligned, viterbi
-from quadric.train.method import Method, settled
-from quadric.train.plan import Plan
+from quadric.train.method import Method
 from quadric.train.prepare import Prepared
 from quadric.train.recipe import Job
 from quadric.train.stages import Stages, digest, reading
-from quadric.train.trainer import Trainer
+from quadric.train.trainers import trainer_of
 from quadric.train.units import Units
 
 logger = logging.getLogger(__name__)
@@ -43,14 +43,27 @@ def trained(
 ) -> Path:
     """The folder of a training by all ranks, with the trained system in ``system``."""
     data = (prepared.key, digest(dict(units.train), dict(units.dev)), prepared.front)
-    training = (job.network, job.augment, job.chunk, job.autocast, job.seed)
+    asynchronous = job.asynchronous if name in job.methods else None
+    training = (job.network, job.augment, job.chunk, job.autocast, job.seed, *asynchronous_key(asynchronous))
     place = partial(stages.folder, name, method, *training, *data)
     folder = communicator.first_then_all(f"beginning {name}", place)
     torch.manual_seed(job.seed)
     model = job.network.build(prepared.dimension, units.tying.num_pdfs)
     model.initialise_output_bias(torch.from_numpy(units.log_prior))
     sets = Sets(prepared, units.train, units.dev)
-    fit(job, name, method, model, CrossEntropy(), sets, folder, progress, communicator, chunk=job.chunk)
+    fit(
+        job,
+        name,
+        method,
+        model,
+        CrossEntropy(),
+        sets,
+        folder,
+        progress,
+        communicator,
+        chunk=job.chunk,
+        asynchronous=asynchronous,
+    )
     return folder
 
 
@@ -75,8 +88,9 @@ def fit(
     communicator: Communicator,
     *,
     chunk: int | None,
+    asynchronous: Asynchronous | None = None,
 ) -> None:
-    """Trains ``model`` in ``folder``, on windows of ``chunk`` frames or on whole utterances, by all ranks."""
+    """Trains ``model`` in ``folder`` on windows of ``chunk`` frames, or whole utterances, by all ranks or workers."""
     context = (model.left_context, model.right_context)
     stream = FrameStream(
         only(sets.prepared.features["train"], sets.train),
@@ -88,18 +102,17 @@ def fit(
         shard=(communicator.rank, communicator.size),
     )
     held_out = FrameStream(only(sets.prepared.features["dev"], sets.dev), sets.dev, context=context, chunk=None)
-    method = settled(method, model, loss, stream, folder, autocast=job.autocast, communicator=communicator)
-    plan = Plan(method.epochs, method.sampler, autocast=job.autocast, seed=job.seed, patience=method.patience)
-    trainer = Trainer(
+    trainer = trainer_of(
+        method,
         model,
         loss,
-        method.build(model, communicator),
         stream,
         held_out,
-        plan,
         folder,
-        schedule=method.schedule,
+        autocast=job.autocast,
+        seed=job.seed,
         communicator=communicator,
+        asynchronous=asynchronous,
     )
     best = trainer.fit(progress=progress, what=name)
     logger.info("%s: held-out loss %.4f", name, best["loss"])

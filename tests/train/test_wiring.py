@@ -37,7 +37,7 @@ from quadric.speech.language_model import NGram
 from quadric.speech.normalisation import Normalisation
 from quadric.speech.scoring import read_text
 from quadric.speech.topology import Tying, monophone
-from quadric.train import checkpoint, finished, pipeline, sequence, training, weights
+from quadric.train import checkpoint, finished, pipeline, sequence, trainers, training, weights
 from quadric.train.criterion import Competitors, Criterion, SequenceTraining, SGDPerUtterance
 from quadric.train.flat_start import Aligned
 from quadric.train.method import NGHF, FirstOrder, HessianFree, Method, NaturalGradient
@@ -156,7 +156,7 @@ def test_a_training_is_given_all_it_is_told(tmp_path: Path, monkeypatch: pytest.
     streams: list[dict[str, Any]] = []
     trainings: list[dict[str, Any]] = []
     monkeypatch.setattr(training, "FrameStream", recording(FrameStream, streams, FrameStream))
-    monkeypatch.setattr(training, "Trainer", recording(Trainer, trainings, Untrained))
+    monkeypatch.setattr(trainers, "Trainer", recording(Trainer, trainings, Untrained))
     chosen, (ready, units) = job(), prepared()
     for name in ("network", "augment", "chunk", "autocast", "seed"):
         assert getattr(chosen, name) != defaults(Job)[name]
@@ -212,7 +212,7 @@ def test_a_training_is_given_all_it_is_told(tmp_path: Path, monkeypatch: pytest.
 def test_a_training_told_otherwise_is_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, other: object
 ) -> None:
-    monkeypatch.setattr(training, "Trainer", Untrained)
+    monkeypatch.setattr(trainers, "Trainer", Untrained)
     (ready, units), stages = prepared(), Stages(tmp_path)
     first, again, changed = (
         training.trained(chosen, "name", FIRST_ORDER, ready, units, stages, silent)

@@ -1,0 +1,253 @@
+"""Asynchronous training with real processes and real kills: what is applied is applied once, and nobody waits."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("ray", reason="asynchronous training needs ray: pip install 'quadric[async]'")
+
+TESTS = Path(__file__).resolve().parents[1]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(240)]
+
+Told = dict[str, Any]
+
+
+class Job:
+    """A process of `reference.asynchronous_job`, and what it has said so far."""
+
+    def __init__(self, folder: Path, environment: dict[str, str] | None = None, **options: Any) -> None:
+        script = TESTS / "reference" / "asynchronous_job.py"
+        self.folder, self.said, self._rest = folder, list[Told](), ""
+        path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        self.process = subprocess.Popen(
+            [sys.executable, str(script), str(folder), json.dumps(options)],
+            env={**clean, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **(environment or {})},
+            stdout=subprocess.PIPE,
+            stderr=(folder.parent / "stderr").open("ab"),
+            text=True,
+        )
+
+    def until(self, holds: Callable[[Told], Any]) -> Told:
+        """Reads on until it says something of which ``holds`` is true."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                self.said.append(json.loads(line))
+                if holds(self.said[-1]):
+                    return self.said[-1]
+        raise AssertionError(f"it ended: {(self.folder.parent / 'stderr').read_text()[-2000:]}")
+
+    def end(self) -> Told:
+        """The last thing that it says."""
+        told = self.until(lambda told: told.keys() & {"best", "interrupted", "error"})
+        assert self.process.wait(60) == 0
+        return told
+
+    def settled(self) -> int:
+        return len({unit for told in self.said for _, unit, _ in told.get("reports", [])})
+
+    @property
+    def counts(self) -> list[Told]:
+        """Of the shards, as last told."""
+        return next(told["counts"] for told in reversed(self.said) if told.get("counts"))
+
+    def news(self) -> str:
+        return "\n".join(sentence for told in self.said for sentence in told.get("news", []))
+
+    def underway(self, units: int = 30) -> Told:
+        """Reads until so many units were reported, by both workers."""
+
+        def both(told: Told) -> bool:
+            workers = {worker for each in self.said for worker, _, _ in each.get("reports", [])}
+            return self.settled() >= units and workers == {0, 1}
+
+        return self.until(both)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Job]]:
+    jobs: list[Job] = []
+
+    def started(**options: Any) -> Job:
+        jobs.append(Job(tmp_path / "training", **options))
+        return jobs[-1]
+
+    yield started
+    for job in jobs:
+        if job.process.poll() is None:
+            job.process.kill()
+        job.process.wait()
+    with suppress(FileNotFoundError, ValueError, ProcessLookupError):
+        os.kill(json.loads((tmp_path / "training" / "ray" / "ray.json").read_text())["pid"], signal.SIGTERM)
+
+
+def once_each(job: Job, end: Told) -> None:
+    """Each shard has applied every unit exactly once, as its own counts and its checkpoint tell."""
+    assert [count["applied"] for count in job.counts] == [end["units"]] * len(job.counts)
+    assert [count["clock"] for count in job.counts] == [end["units"]] * len(job.counts)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_workers_train_together_and_leave_nothing_running(start: Callable[..., Job]) -> None:
+    job = start(shards=2, seconds=0.0, warm=10)
+    end = job.end()
+    once_each(job, end)
+    assert end["best"]["accuracy"] > 0.7 and end["best"]["update"] == end["units"] == 200
+    first = [worker for told in job.said for worker, unit, _ in told.get("reports", []) if unit < 10]
+    assert len(first) == 10 and len(set(first)) == 1, "the warm start is one worker's alone"
+    assert not any(alive(pid) for told in job.said for pid in [*told.get("workers", {}).values()] if pid)
+    assert not any(alive(count["pid"]) for count in job.counts)
+    assert not (job.folder / "ray" / "token").exists()
+
+
+def test_a_worker_is_killed_and_replaced_while_the_other_goes_on(start: Callable[..., Job]) -> None:
+    job = start(shards=2, rows=6000, seconds=0.01)
+    os.kill(job.underway()["workers"]["1"], signal.SIGKILL)
+    job.until(lambda told: any("worker 1 died" in sentence for sentence in told.get("news", [])))
+    since = len(job.said)
+    job.until(lambda told: any("worker 1 is there" in sentence for sentence in told.get("news", [])))
+    meanwhile = [worker for told in job.said[since:] for worker, _, _ in told.get("reports", [])]
+    assert set(meanwhile) == {0} and len(meanwhile) > 5, "the other worker waited"
+    once_each(job, job.end())
+    after = {worker for told in job.said[since:] for worker, _, _ in told.get("reports", [])}
+    assert after == {0, 1}, "the replacement did nothing"
+
+
+def test_nobody_waits_for_a_worker_that_is_stopped(start: Callable[..., Job]) -> None:
+    job = start(seconds=0.01)
+    pid = job.underway()["workers"]["1"]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        once_each(job, job.end())
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
+def test_a_shard_is_killed_and_what_was_lost_is_done_again(start: Callable[..., Job]) -> None:
+    job = start(shards=2, rows=4000, seconds=0.01)
+    job.underway()
+    os.kill(job.counts[1]["pid"], signal.SIGKILL)
+    end = job.end()
+    once_each(job, end)
+    assert [count["life"] for count in job.counts] == [1, 2]
+    lost = max(told.get("lost", 0) for told in job.said)
+    assert f"shard 1 was started again: {lost} pushes were lost" in job.news() and 0 < lost <= end["units"]
+    assert job.counts[0]["duplicate"] >= lost, "the shard that lived has what was done again already"
+    assert end["best"]["accuracy"] > 0.7
+
+
+def test_a_driver_is_killed_and_the_next_finds_the_server(start: Callable[..., Job]) -> None:
+    job = start(shards=2, rows=4000, seconds=0.01)
+    job.underway()
+    job.process.kill()
+    job.process.wait()
+    second = start(shards=2, rows=4000, seconds=0.0, workers=1)
+    end = second.end()
+    once_each(second, end)
+    assert [count["life"] for count in second.counts] == [1, 1], "the shards were not those of the first driver"
+    assert second.settled() < end["units"] - 20, "what the first driver's workers did was done again"
+
+
+def test_a_job_is_stopped_and_goes_on(start: Callable[..., Job]) -> None:
+    job = start(seconds=0.01)
+    job.underway()
+    job.process.send_signal(signal.SIGINT)
+    assert "the same command goes on from there" in job.end()["interrupted"]
+    done = job.settled()
+    assert not any(alive(pid) for told in job.said for pid in told.get("workers", {}).values() if pid)
+    second = start(seconds=0.0)
+    end = second.end()
+    once_each(second, end)
+    assert second.counts[0]["life"] == 2 and second.settled() <= end["units"] - done
+
+
+def test_gradients_that_are_not_finite_are_refused_and_counted(start: Callable[..., Job]) -> None:
+    job = start(bad=6, seconds=0.0)
+    end = job.end()
+    (count,) = job.counts
+    assert count["not_finite"] > 0 and count["applied"] + count["not_finite"] == end["units"]
+    assert end["best"]["accuracy"] > 0.7
+
+
+def test_workers_that_send_too_many_of_them_are_dropped(start: Callable[..., Job]) -> None:
+    job = start(bad=2000, rows=2600, seconds=0.0, not_finite=3)
+    assert "all workers were dropped" in job.end()["error"]
+    assert "worker 0 was dropped" in job.news() and "worker 1 was dropped" in job.news()
+
+
+def test_only_this_machine_gets_in_and_only_with_the_token(start: Callable[..., Job], tmp_path: Path) -> None:
+    job = start(seconds=0.02)
+    job.underway()
+    folder = job.folder / "ray"
+    about, token = json.loads((folder / "ray.json").read_text()), folder / "token"
+    assert token.stat().st_mode & 0o077 == 0
+    assert set(listening(about["pid"])) == {"127.0.0.1"}
+    for code, wanted in (("0" * 64, False), (token.read_text(), True)):
+        environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": code}
+        script = "import sys\nfrom quadric.parallel.cluster import _enters\nimport os\n"
+        script += "print(_enters(sys.argv[1], dict(os.environ)))"
+        command = [sys.executable, "-c", script, about["address"]]
+        ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, cwd=TESTS.parent)
+        assert ran.stdout.split()[-1] == str(wanted)
+
+
+def listening(session: int) -> list[str]:
+    """The addresses of all sockets on which processes of a session listen."""
+    owned = set()
+    for process in Path("/proc").iterdir():
+        with suppress(OSError, ValueError):
+            if os.getsid(int(process.name)) == session or session in ancestors(int(process.name)):
+                owned |= {os.readlink(link) for link in (process / "fd").iterdir()}
+    found = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in owned:
+                raw = bytes.fromhex(fields[1].split(":")[0])[-4:]
+                found.append(".".join(str(byte) for byte in raw[::-1]))
+    assert found, "no socket of the session was found"
+    return found
+
+
+def ancestors(pid: int) -> set[int]:
+    found: set[int] = set()
+    while pid > 1:
+        found.add(pid)
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    return found
+
+
+def test_workers_of_their_own_parameters_train(start: Callable[..., Job]) -> None:
+    job = start(sends="elastic", every=4, optimizer="SGD", rows=8000, seconds=0.0, alpha=0.3)
+    end = job.end()
+    once_each(job, end)
+    assert end["best"]["accuracy"] > 0.6
+
+
+def test_a_cluster_is_refused_without_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from quadric.parallel.cluster import Cluster
+
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_ADDRESS", "192.0.2.17:6379")
+    with pytest.raises(ValueError, match="no token for it: set RAY_AUTH_MODE=token"):
+        Cluster(tmp_path, cpus=1)

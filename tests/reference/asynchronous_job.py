@@ -1,0 +1,94 @@
+"""A process that trains asynchronously and tells what happens, a line of JSON each: ``python FILE FOLDER OPTIONS``.
+
+OPTIONS, in JSON, are those of `Asynchronous` and: ``seconds`` that a minibatch takes at least, ``rows`` of data,
+``bad`` rows at their beginning that are not finite, and ``optimizer`` of torch instead of averaged SGD.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quadric.data.examples import ExampleStream
+from quadric.loss.loss import CrossEntropy
+from quadric.train.asynchronous import Asynchronous
+from quadric.train.asynchronous_trainer import AsynchronousTrainer
+from quadric.train.averaged_method import AveragedSGDMethod
+from quadric.train.method import FirstOrder, Method
+from quadric.train.trainer import Interrupted
+
+
+class Slow(CrossEntropy):
+    """Takes its time."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        time.sleep(self.seconds)
+        return super().forward(output, target)
+
+
+class Told(AsynchronousTrainer):
+    """Prints its ticks."""
+
+    def _counted(self, crew: Any) -> Iterator[Any]:
+        for tick in super()._counted(crew):
+            counts = crew._server.counts() if not crew.ledger.left or tick.news else []
+            say(
+                reports=[(report.worker, report.unit, report.verdicts) for report in tick.reports],
+                news=tick.news,
+                workers={number: hand.pid for number, hand in crew.hands.items()},
+                counts=counts,
+                lost=crew.lost,
+            )
+            yield tick
+
+
+def say(**told: Any) -> None:
+    print(json.dumps(told), flush=True)
+
+
+def main() -> None:
+    options = json.loads(sys.argv[2])
+    seconds, rows, bad = options.pop("seconds", 0.01), options.pop("rows", 2000), options.pop("bad", 0)
+    method: Method = AveragedSGDMethod(gradient_frames=10, lr=0.5)
+    if optimizer := options.pop("optimizer", None):
+        method = FirstOrder(epochs=1, gradient_frames=10, optimizer=getattr(torch.optim, optimizer), lr=0.01)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, 6, generator=generator)
+    y = (x @ torch.randn(6, 4, generator=generator)).argmax(1)
+    held_out = ExampleStream(x[-500:].clone(), y[-500:])
+    x[:bad] = torch.nan
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 4))
+    trainer = Told(
+        model,
+        Slow(seconds),
+        method,
+        ExampleStream(x, y),
+        held_out,
+        Asynchronous(**options),
+        Path(sys.argv[1]),
+        evaluations=2,
+    )
+    try:
+        best = trainer.fit()
+    except Interrupted as stop:
+        say(interrupted=str(stop))
+    except (RuntimeError, ValueError) as error:
+        say(error=str(error))
+    else:
+        say(best={name: value for name, value in best.items() if name != "model"}, units=len(trainer.units))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Options of asynchronous training, and what they refuse; the training itself is in ``tests/distributed``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from quadric import cli
+from quadric.data.examples import ExampleStream
+from quadric.loss.loss import CrossEntropy
+from quadric.parallel.worker import Elastic, Gradients, OuterSteps
+from quadric.train.asynchronous import Asynchronous, asynchronous_key
+from quadric.train.asynchronous_trainer import AsynchronousTrainer
+from quadric.train.averaged_method import AveragedSGDMethod
+from quadric.train.block_method import BlockDiagonalMethod
+from quadric.train.method import FirstOrder, HessianFree, Method
+from quadric.train.task import Autoencoding, TaskJob
+
+
+def trainer(method: Method, folder: Path, **options: Any) -> AsynchronousTrainer:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    stream = ExampleStream(torch.randn(50, 3), torch.arange(50) % 2)
+    return AsynchronousTrainer(model, CrossEntropy(), method, stream, None, Asynchronous(**options), folder)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        FirstOrder(optimizer=torch.optim.LBFGS, gradient_frames=10),
+        BlockDiagonalMethod(kind="kbfgs", gradient_frames=10),
+        HessianFree(),
+    ],
+    ids=lambda method: method.name,
+)
+def test_an_optimiser_that_needs_more_than_gradients_is_refused(method: Method, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"cannot step on gradients alone, .* take another, such as averaged_sgd"):
+        trainer(method, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        AveragedSGDMethod(lr=0.1),
+        FirstOrder(),
+        FirstOrder(optimizer=torch.optim.SGD, arguments={"momentum": 0.9, "nesterov": True}),
+        BlockDiagonalMethod(),
+        BlockDiagonalMethod(kind="shampoo"),
+        BlockDiagonalMethod(kind="tnt"),
+    ],
+    ids=lambda method: method.name,
+)
+def test_a_first_order_optimiser_is_the_servers_rule(method: Method, tmp_path: Path) -> None:
+    made = trainer(method, tmp_path)
+    rule, schedule = made.options.rule(method, len(made.units))
+    optimizer = rule(made.model)
+    assert schedule is not None and schedule(optimizer).optimizer is optimizer
+    assert type(optimizer) is type(method.build(made.model))
+
+
+def test_what_is_sent_decides_who_steps_by_what() -> None:
+    method = FirstOrder()
+    model = nn.Linear(2, 2)
+    assert isinstance(Asynchronous().strategy(method, 10), Gradients)
+    elastic = Asynchronous(sends="elastic", alpha=0.2)
+    strategy = elastic.strategy(method, 10)
+    assert isinstance(strategy, Elastic) and strategy.alpha == 0.2
+    assert isinstance(strategy.inner(model), torch.optim.AdamW)
+    rule, schedule = elastic.rule(method, 10)
+    assert rule(model).param_groups[0]["lr"] == 1.0 and schedule is None
+    outer = Asynchronous(sends="outer", outer_lr=0.6, outer_momentum=0.8)
+    assert isinstance(outer.strategy(method, 10), OuterSteps)
+    group = outer.rule(method, 10)[0](model).param_groups[0]
+    assert (group["lr"], group["momentum"], group["nesterov"]) == (0.6, 0.8, True)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"workers": 0}, "workers=0: must be positive"),
+        ({"shards": 1.5}, "shards=1.5: give a whole number"),
+        ({"every": 0}, "every=0: must be positive"),
+        ({"sends": "letters"}, "sends=letters: must be 'gradients' or 'elastic' or 'outer'"),
+        ({"alpha": 1.5}, "alpha=1.5: must be between 0 and 1"),
+        ({"outer_lr": 0.0}, "outer_lr=0.0: must be positive"),
+        ({"outer_momentum": 1.5}, "outer_momentum=1.5: must be"),
+        ({"warm": -1}, "warm=-1: must not be negative"),
+        ({"clip": 0.0}, "clip=0.0: must be positive"),
+        ({"staleness": -1}, "staleness=-1: must not be negative"),
+        ({"not_finite": -1}, "not_finite=-1: must not be negative"),
+        ({"compression": "zip"}, "compression=zip: must be"),
+        ({"share": 0.0}, "share=0.0: must be more than 0"),
+        ({"rank": 0}, "rank=0: must be positive"),
+    ],
+)
+def test_options_out_of_range_are_refused(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        Asynchronous(**options)
+
+
+def test_the_number_of_workers_is_no_part_of_what_a_training_is() -> None:
+    assert asynchronous_key(Asynchronous(workers=2)) == asynchronous_key(Asynchronous(workers=5))
+    assert asynchronous_key(Asynchronous(every=2)) != asynchronous_key(Asynchronous())
+    assert asynchronous_key(None) == ()
+
+
+def test_a_folder_of_another_training_is_refused(tmp_path: Path) -> None:
+    first = trainer(AveragedSGDMethod(lr=0.1, gradient_frames=10), tmp_path)
+    first._save()
+    second = trainer(AveragedSGDMethod(lr=0.2, gradient_frames=10), tmp_path)
+    with pytest.raises(ValueError, match="of other data or options is there; choose another folder"):
+        second.fit()
+
+
+def test_second_order_trainings_are_refused() -> None:
+    with pytest.raises(ValueError, match="hessian_free cannot be: leave out with hessian_free=none"):
+        TaskJob("a", Autoencoding("curves"), hessian_free=HessianFree(), asynchronous=Asynchronous())
+
+
+def test_the_command_lines_flags_stand_for_options() -> None:
+    parsed = cli._parser().parse_args(["train", "autoencoder", "images=curves", "--async", "--workers", "3"])
+    job = cli.make_job("autoencoder", [*cli._asynchronously(parsed), *parsed.overrides])
+    assert list(job.methods) == ["averaged_sgd"]
+    assert job.asynchronous is not None and job.asynchronous.workers == 3
+    alone = cli._parser().parse_args(["train", "autoencoder", "--workers", "3"])
+    with pytest.raises(ValueError, match="--workers 3: is of asynchronous training; give --async as well"):
+        cli._asynchronously(alone)
