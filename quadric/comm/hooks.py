@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.futures import Future
 
 from quadric.comm.combine import adasum
-from quadric.comm.compression import AdaComp, CLTk, Compressor, bin_lengths
+from quadric.comm.compression import AdaComp, CLTk, Compressor, bin_lengths, largest
 from quadric.comm.message import Signs
 
 C = TypeVar("C", bound=Compressor)
@@ -117,7 +117,7 @@ class ScaleComState(HookState[CLTk]):
 
     Args:
         parameters, group: as in `HookState`.
-        share, memory: of the entries of each parameter, and b of the filter; see `CLTk`.
+        share, memory: of the entries of each bucket, and b of the filter; see `CLTk`.
     """
 
     def __init__(
@@ -195,20 +195,25 @@ def adacomp_hook(state: AdaCompState, bucket: dist.GradBucket) -> Future[Tensor]
 def scalecom_hook(state: ScaleComState, bucket: dist.GradBucket) -> Future[Tensor]:
     """The mean of the ranks' `CLTk` messages, by an all-reduce of the entries that this step's leader has chosen.
 
-    The ranks lead in turn. The backward pass waits for the leader's indices, not for the sum.
+    The ranks lead in turn, each choosing the largest of a whole bucket: by that measure some parameters matter more
+    than others. A job that is resumed goes on from the same memories, but where DDP has several buckets its first step
+    chooses within others: DDP divides the parameters anew after the first backward pass. The backward pass waits for
+    the leader's indices, not for the sum.
     """
     buffer, parts = bucket.buffer(), state.parts(bucket)
+    sizes = [len(gradient) for _, gradient in parts]
     leader = state.step % state.size
-    counts = [compressor.count(len(gradient)) for compressor, gradient in parts]
-    indices = torch.empty(sum(counts), dtype=torch.int32, device=buffer.device)
-    if state.rank == leader:
-        messages = [compressor.compress(gradient) for compressor, gradient in parts]
-        indices.copy_(torch.cat([torch.from_numpy(message.indices) for message in messages]))
+    total = torch.cat([compressor.total(gradient) for compressor, gradient in parts])
+    indices = largest(total, state.share)  # a follower's own are overwritten
     dist.broadcast(indices, dist.get_global_rank(state.group, leader), group=state.group)
-    if state.rank != leader:
-        chosen = indices.split(counts)
-        messages = [compressor.compress(g, at) for (compressor, g), at in zip(parts, chosen, strict=True)]
-    values = torch.cat([message.numbers() for message in messages]).to(buffer.device)
+    if bool(total.isfinite().all()):
+        places = torch.bucketize(indices, torch.tensor(sizes, device=indices.device).cumsum(0), right=True)
+        chosen = indices.split(places.bincount(minlength=len(sizes)).tolist())
+        starts = np.cumsum([0, *sizes]).tolist()
+        messages = [c.compress(g, at - start) for (c, g), at, start in zip(parts, chosen, starts, strict=False)]
+        values = torch.cat([message.numbers() for message in messages]).to(buffer.device)
+    else:
+        values = torch.full(indices.shape, torch.nan, device=buffer.device)
     work = dist.all_reduce(values, group=state.group, async_op=True)
     state.bytes_sent += values.nbytes + (indices.nbytes if state.rank == leader else 0)
     state.step += bucket.is_last()
@@ -216,10 +221,7 @@ def scalecom_hook(state: ScaleComState, bucket: dist.GradBucket) -> Future[Tenso
     def mean(future: Future[Any]) -> Tensor:
         future.value()
         buffer.zero_()
-        start = 0
-        for (_, gradient), at, value in zip(parts, indices.split(counts), values.split(counts), strict=True):
-            buffer[start : start + len(gradient)][at.long()] = (value / state.size).to(buffer.dtype)
-            start += len(gradient)
+        buffer[indices] = (values / state.size).to(buffer.dtype)
         return buffer
 
     return work.get_future().then(mean)

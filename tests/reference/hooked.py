@@ -52,19 +52,21 @@ def held_out(model: nn.Module) -> float:
 
 
 class Hooked:
-    """A network under DDP, in many buckets, with a hook that is counted."""
+    """A network under DDP, in many buckets if nothing else is said, with a hook whose buckets are noted."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, megabytes: float = 0.001) -> None:
         make, hook = MAKE[name]
         self.network = network()
-        self.state, self.buckets = make(self.network), 0
+        self.state = make(self.network)
+        self.buckets: list[list[int]] = []
 
         @wraps(hook)
         def counted(state: Any, bucket: Any) -> Any:
-            self.buckets += 1
+            order = [next(k for k, p in enumerate(self.network.parameters()) if p is q) for q in bucket.parameters()]
+            self.buckets.append(order)
             return hook(state, bucket)
 
-        self.model = DistributedDataParallel(self.network, bucket_cap_mb=0.001)
+        self.model = DistributedDataParallel(self.network, bucket_cap_mb=megabytes)
         self.model.register_comm_hook(self.state, counted)
 
     def gradient(self, rank: int, step: int) -> list[Tensor]:
@@ -86,12 +88,18 @@ def numbers(tensors: list[Tensor]) -> list[list[float]]:
     return [t.double().flatten().tolist() for t in tensors]
 
 
-def gradients(communicator: Communicator, name: str, steps: int) -> tuple[Any, Any, int, int]:
-    """The gradients that DDP leaves at one point in so many steps, residues, buckets, and bytes."""
-    hooked = Hooked(name)
-    found = [numbers(hooked.gradient(communicator.rank, step)) for step in range(steps)]
+def gradients(communicator: Communicator, name: str, steps: int) -> tuple[Any, Any, list[list[list[int]]], int]:
+    """The gradients that DDP leaves at one point in so many steps, residues, and bytes.
+
+    With them, of every step, which parameters each of its buckets holds.
+    """
+    hooked, found, buckets = Hooked(name), [], []
+    for step in range(steps):
+        found.append(numbers(hooked.gradient(communicator.rank, step)))
+        buckets.append(hooked.buckets)
+        hooked.buckets = []
     residues = [] if name in COMBINED else numbers(hooked.residues())
-    return found, residues, hooked.buckets, getattr(hooked.state, "bytes_sent", 0)
+    return found, residues, buckets, getattr(hooked.state, "bytes_sent", 0)
 
 
 def trains(communicator: Communicator, name: str | None, steps: int) -> tuple[float, bytes]:
@@ -107,12 +115,12 @@ def trains(communicator: Communicator, name: str | None, steps: int) -> tuple[fl
 
 
 def goes_on(communicator: Communicator, name: str) -> bool:
-    """Whether a new state and network go on as the old ones, to the bit."""
-    first = Hooked(name)
+    """Whether a new state and network, all in one bucket, go on as the old ones, to the bit."""
+    first = Hooked(name, megabytes=1)
     for step in range(3):
         first.gradient(communicator.rank, step)
         first.descend(0.5)
-    kept, second = first.state.state_dict(), Hooked(name)
+    kept, second = first.state.state_dict(), Hooked(name, megabytes=1)
     second.network.load_state_dict({key: value.clone() for key, value in first.network.state_dict().items()})
     second.state.load_state_dict(kept)
     for step in range(3, 6):
@@ -124,11 +132,11 @@ def goes_on(communicator: Communicator, name: str) -> bool:
 
 
 def spoils(communicator: Communicator, name: str) -> list[list[list[float]]]:
-    """The gradients of three steps; that of the last rank is not finite in the second."""
+    """The gradients of four steps; that of the last rank, who leads in the second, is not finite there and after."""
     hooked, found = Hooked(name), []
-    for step in range(3):
+    for step in range(4):
         hooked.model.zero_grad()
-        factor = torch.nan if (communicator.rank, step) == (communicator.size - 1, 1) else 1.0
+        factor = torch.nan if communicator.rank == communicator.size - 1 and step in (1, 2) else 1.0
         (factor * loss(hooked.model, communicator.rank, step)).backward()
         found.append(numbers([p.grad for p in hooked.network.parameters() if p.grad is not None]))
     return found
