@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import shutil
+import weakref
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -222,6 +223,7 @@ def test_units_that_there_are_not(unit: int, tmp_path: Path) -> None:
     "rule",
     [
         nesterov,
+        lambda m: SGD(m.parameters(), lr=0.05, momentum=0.9, nesterov=True, foreach=True),  # writes to gradients
         lambda m: Adam(m.parameters(), lr=0.05, maximize=True, weight_decay=0.1),
         lambda m: SGD(m.parameters(), lr=0.05, maximize=True, weight_decay=0.1, foreach=True),
         late_average,
@@ -237,6 +239,15 @@ def test_what_is_shared_is_not_written_to(rule: Rule, tmp_path: Path) -> None:
         plain.push(push(number, vector(number)))
         assert (shared == vector(number)).all()
     assert (theta(server) == theta(plain)).all()
+
+
+def test_what_is_shared_is_let_go(tmp_path: Path) -> None:
+    """A shared store frees what nobody holds."""
+    server, shared = shard(tmp_path), vector(0)
+    held = weakref.ref(shared)
+    assert server.push(push(0, shared)).verdict is Verdict.APPLIED
+    del shared
+    assert held() is None
 
 
 @pytest.mark.parametrize("compressor", [CLTk(0.4), HalfPrecision()])
