@@ -150,20 +150,23 @@ def _rate(group: dict[str, Any], step: int) -> float:
 
 
 def _chunks(vectors: Sequence[Sequence[Tensor]]) -> Iterator[tuple[list[Tensor], ...]]:
-    """Rows of tensors alike in shape, as lists of parts: the first of every row, the second, and so on.
+    """Rows of tensors alike in shape, as lists of some or of their parts: the first of each row, the second, and so on.
 
     On a CPU there are about `_CHUNK` entries in a list, so that what is read of a parameter for one operation is still
     in the cache for the next; each entry then goes through memory once.
     """
-    rows, entries = list[list[Tensor]](), 0
+    rows, entries = list[Sequence[Tensor]](), 0
     for row in vectors:
-        flat = [x.view(-1) for x in row] if all(x.is_contiguous() and x.device.type == "cpu" for x in row) else None
-        for part in zip(*(x.split(_CHUNK) for x in flat), strict=True) if flat else [tuple(row)]:
-            rows.append(list(part))
-            entries += part[0].numel() if flat else 0
-            if entries >= _CHUNK:
-                yield tuple(map(list, zip(*rows, strict=True)))
-                rows, entries = [], 0
+        size = row[0].numel() if row[0].device.type == "cpu" else 0
+        if size > _CHUNK and all(x.is_contiguous() for x in row):
+            for parts in zip(*(x.view(-1).split(_CHUNK) for x in row), strict=True):
+                yield tuple([part] for part in parts)
+            continue
+        rows.append(row)
+        entries += size
+        if entries >= _CHUNK:
+            yield tuple(map(list, zip(*rows, strict=True)))
+            rows, entries = [], 0
     if rows:
         yield tuple(map(list, zip(*rows, strict=True)))
 
