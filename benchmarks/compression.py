@@ -5,7 +5,7 @@
 The workers are simulated in one process: at every step each takes its own frames at the same parameters, compresses its
 gradient and keeps the rest, and SGD with momentum goes along the mean of what was sent. All methods see the same frames
 and start from the same network; the learning rate falls linearly to zero and is the same for all, chosen for none. The
-workers of cltk lead in turn.
+workers of cltk lead in turn; with `-layers` each parameter has its own k.
 
 Columns: method, ratio (bytes of plain float32 gradients over bytes of messages, over the whole run), ratio in the last
 epoch, held-out loss a frame, held-out frames right. The JSON rows also have both of every epoch. `--quick` is a small
@@ -40,6 +40,10 @@ METHODS: dict[str, Build | None] = {
     **{f"adacomp-{bin}": lambda ps, bin=bin: AdaComp([p.numel() for p in ps], bin) for bin in (50, 500)},
     **{f"cltk-{share:g}": lambda _, share=share: CLTk(share) for share in (0.03, 0.01, 0.003, 0.001)},
     "cltk-0.01-filtered": lambda _: CLTk(0.01, memory=0.1),
+    **{
+        f"cltk-{share:g}-layers": lambda ps, share=share: CLTk(share, sizes=[p.numel() for p in ps])
+        for share in (0.01, 0.003)
+    },
     **{f"lowrank-{rank}": lambda ps, rank=rank: LowRank([p.shape for p in ps], rank) for rank in (1, 2, 4)},
 }
 """By name, for the parameters of a network."""

@@ -152,8 +152,7 @@ class AdaComp(Compressor):
         super().__init__()
         self.sizes = tuple(sizes)
         self.bins = (bin,) * len(self.sizes) if isinstance(bin, int) else tuple(bin)
-        if not self.sizes or min(self.sizes) < 1 or sum(self.sizes) >= 2**31:
-            raise ValueError(f"sizes={list(self.sizes)}: give the entries of every layer, fewer than 2^31 in all")
+        _check_sizes(self.sizes)
         if len(self.bins) != len(self.sizes) or not all(1 <= b <= 65_535 for b in self.bins):
             raise ValueError(
                 f"bin={bin}: give the entries of a bin, 1 to 65535, or one such number for each of the "
@@ -204,9 +203,10 @@ class CLTk(Compressor):
     Args:
         share: of the entries that are sent: k = share n, rounded, at least one. An entry costs eight bytes.
         memory: b.
+        sizes: of the layers, each of which then has its own k; None: the largest of the whole vector.
 
     Raises:
-        ValueError: not in (0, 1].
+        ValueError: share or memory not in (0, 1], or sizes out of range.
 
     >>> leader, follower = CLTk(0.5), CLTk(0.5)
     >>> first = leader.compress(torch.tensor([1.0, -3.0, 0.5, 2.0]))
@@ -216,17 +216,20 @@ class CLTk(Compressor):
     tensor([0., 3., 0., 1.])
     """
 
-    def __init__(self, share: float, memory: float = 1.0) -> None:
+    def __init__(self, share: float, memory: float = 1.0, *, sizes: Sequence[int] | None = None) -> None:
         super().__init__()
         if not 0 < share <= 1:
             raise ValueError(f"share={share}: give the part of the entries to send, in (0, 1]")
         if not 0 < memory <= 1:
             raise ValueError(f"memory={memory}: give b of the filter, in (0, 1]; 1 loses nothing")
-        self.share, self.memory = share, memory
+        if sizes is not None:
+            _check_sizes(sizes)
+            self._length = sum(sizes)
+        self.share, self.memory, self.sizes = share, memory, sizes
         self._returned = memory
 
     def count(self, length: int) -> int:
-        """k, of vectors of this length."""
+        """k, of vectors, or layers, of this length."""
         return min(length, max(1, round(self.share * length)))
 
     @torch.no_grad()
@@ -249,7 +252,13 @@ class CLTk(Compressor):
         self, total: Float[Tensor, " n"], gradient: Float[Tensor, " n"], indices: Int[Tensor, " k"] | None = None
     ) -> Sparse:
         if indices is None:
-            indices = total.abs().topk(self.count(len(total)), sorted=False).indices.sort().values
+            layers = total.abs().split([len(total)] if self.sizes is None else list(self.sizes))
+            first = 0
+            found = []
+            for layer in layers:
+                found.append(first + layer.topk(self.count(len(layer)), sorted=False).indices.sort().values)
+                first += len(layer)
+            indices = torch.cat(found)
         values = total[indices.to(total.device, torch.int64)]
         return Sparse(len(total), _array(indices, np.int32), _floats(values))
 
@@ -363,6 +372,11 @@ class LowRank(Compressor):
             raise ValueError("state: its Q are of other shapes; load it into a compressor of the same shapes and rank")
         super().load_state_dict(state)
         self.Q = [Q.clone() for Q in state["Q"]]
+
+
+def _check_sizes(sizes: Sequence[int]) -> None:
+    if not sizes or min(sizes) < 1 or sum(sizes) >= 2**31:
+        raise ValueError(f"sizes={list(sizes)}: give the entries of every layer, fewer than 2^31 in all")
 
 
 def _matrix(shape: Sequence[int]) -> tuple[int, int]:

@@ -214,6 +214,18 @@ def test_cltk_sends_what_its_formula_says(memory: float) -> None:
             states[k] = compressor.residue.tolist()
 
 
+def test_cltk_of_layers_is_one_for_each() -> None:
+    sizes = [25, 1, N - 26]
+    together, alone = CLTk(0.2, sizes=sizes), [CLTk(0.2) for _ in sizes]
+    for gradient in gradients(5):
+        expected = [c.compress(g).dense() for c, g in zip(alone, gradient.split(sizes), strict=True)]
+        message = together.compress(gradient)
+        assert torch.equal(message.dense(), torch.cat(expected))
+        assert len(message.indices) == 5 + 1 + 3
+    with pytest.raises(ValueError, match="a vector of 41 entries: this compressor is one of 40"):
+        together.compress(torch.ones(N + 1))
+
+
 def test_cltk_commutes_with_the_sum() -> None:
     """One worker with the sum of all gradients, following the same leader, sends the sum of their messages."""
     workers, one = [CLTk(0.2) for _ in range(3)], CLTk(0.2)
@@ -299,6 +311,7 @@ def test_low_rank_finds_the_best_by_warm_starts() -> None:
         (lambda: AdaComp([3], 70_000), "bin=70000"),
         (lambda: AdaComp([3], [2, 2]), r"bin=\[2, 2\]: .* each of the 1 layers"),
         (lambda: CLTk(0), "share=0"),
+        (lambda: CLTk(0.1, sizes=[0, 3]), r"sizes=\[0, 3\]"),
         (lambda: CLTk(1.5), "share=1.5"),
         (lambda: CLTk(0.1, memory=0), "memory=0"),
         (lambda: HalfPrecision(torch.float32), "dtype=torch.float32"),
