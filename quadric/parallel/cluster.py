@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from quadric.files import new_file
+from quadric.parallel.engine import check_mode, forget_token, ray, stay_on_loopback
 
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """Ray's switch for nodes that stay on the loopback interface, named after the systems where that is the default."""
@@ -40,11 +41,13 @@ class Cluster:
         memory: bytes of its object store; parameters and gradients on their way lie there.
 
     Raises:
-        ValueError: ``RAY_ADDRESS`` is that of a cluster without tokens, or there is none for it here.
+        ValueError: ``RAY_ADDRESS`` is that of a cluster without tokens, or there is none for it here; this process has
+            imported ray before, to be without.
         RuntimeError: Ray does not start, or cannot be reached.
     """
 
     def __init__(self, folder: Path, *, cpus: int, memory: int = 2**30) -> None:
+        check_mode()
         self._folder, self._own = folder, False
         os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
         address = os.environ.get("RAY_ADDRESS")
@@ -53,8 +56,8 @@ class Cluster:
             address, self._own = _start(folder, cpus, memory), True
         else:
             _check_token(address)
-        from quadric.parallel.engine import forget_token, ray
-
+        if self._own:
+            stay_on_loopback()
         forget_token()  # of the cluster before, if this process has been in one
         try:
             ray.init(address=address, namespace=_NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
@@ -68,8 +71,6 @@ class Cluster:
 
     def leave(self) -> None:
         """Leaves the cluster, and ends the Ray that was started here."""
-        from quadric.parallel.engine import ray
-
         ray.shutdown()
         if self._own:
             _end(self._folder)
@@ -175,8 +176,6 @@ def _is_loopback(host: str) -> bool:
 
 def _serve(folder: Path, cpus: int, memory: int) -> None:
     """A Ray for ``folder`` until SIGTERM, or until nobody has wanted it for long."""
-    from quadric.parallel.engine import ray
-
     place = Path(tempfile.mkdtemp(prefix="quadric-"))  # sockets want a short path
     try:
         ray.init(

@@ -21,7 +21,6 @@ from torch import nn
 
 from quadric.data.examples import Stream
 from quadric.loss.loss import Loss
-from quadric.parallel.cluster import Cluster
 from quadric.parallel.exchange import Verdict
 from quadric.parallel.shard import Rule
 from quadric.parallel.units import Units
@@ -36,6 +35,7 @@ from quadric.train.stages import digest, reading
 from quadric.train.trainer import Diverged, Interrupted, evaluate, stop_requests
 
 if TYPE_CHECKING:
+    from quadric.parallel.cluster import Cluster
     from quadric.parallel.crew import Crew, Tick
     from quadric.parallel.parameter_server import ParameterServer
 
@@ -103,6 +103,8 @@ class AsynchronousTrainer:
         if self._state["done"]:
             self.model.load_state_dict(self._state["model"])
         else:
+            from quadric.parallel.cluster import Cluster
+
             with ExitStack() as stack:
                 cluster = Cluster(self.folder / "ray", cpus=self.options.workers)
                 stack.callback(cluster.leave)
