@@ -31,8 +31,10 @@ SAVE_SECONDS = 30.0
 """Between two checkpoints of the shards: what was pushed since the last is lost where a shard dies, and done again."""
 LEASE_SECONDS = 1.0
 """What a worker is given at a time takes about as long."""
-OVERDUE_SECONDS = 5.0
-"""What a worker has not done for as long is given to others as well, where there is nothing else to do."""
+OVERDUE_SECONDS, OVERDUE_LEASES = 5.0, 3.0
+"""What a worker has not done for as long, and as many of the longest leases, others do as well when they are idle."""
+SILENT_SECONDS = 60.0
+"""Without any report for as long, a person is told."""
 HOPELESS = 5
 """As many processes of one worker may die in a row without having settled one unit."""
 
@@ -151,6 +153,8 @@ class Crew:
         self.ledger = Ledger(torch.stack(server.applied()).all(0))
         self._saved = time.monotonic()
         self._saving: list[Any] = []
+        self._longest = 0.0
+        self._heard = time.monotonic()
         self.lost = 0
         self.hands = {number: self._hire(number) for number in range(workers)}
 
@@ -170,6 +174,11 @@ class Crew:
                 return
             self._deal()
             reports = self._collect(news)
+            if reports:
+                self._heard = time.monotonic()
+            elif time.monotonic() - self._heard > SILENT_SECONDS:
+                news.append(f"no worker has reported for {SILENT_SECONDS:.0f} s: they or the shards may be stopped")
+                self._heard = time.monotonic()
             self._save()
             yield Tick(reports, news)
 
@@ -195,7 +204,7 @@ class Crew:
 
     def _deal(self) -> None:
         """Gives each worker what it does and what it does next."""
-        now = time.monotonic()
+        now, overdue = time.monotonic(), max(OVERDUE_SECONDS, OVERDUE_LEASES * self._longest)
         warm = int(self.ledger.settled[: self._alone].sum()) < min(self._alone, len(self.ledger.settled))
         for number, hand in self.hands.items():
             if hand.dropped or hand.pid is None or (warm and hand is not self._first(hand)):
@@ -204,7 +213,7 @@ class Crew:
                 count = min(hand.lease, max(1, self.ledger.left // (4 * len(self.hands))))
                 if warm:
                     count = 1
-                units = self.ledger.take(number, count, now=now, overdue=OVERDUE_SECONDS)
+                units = self.ledger.take(number, count, now=now, overdue=overdue)
                 if not units:
                     break
                 hand.pending[hand.actor.do.remote(units)] = units
@@ -245,6 +254,7 @@ class Crew:
         """The reports of a lease, after what they say was acted upon."""
         hand = self.hands[number]
         hand.buffers, hand.deaths = done.buffers, 0
+        self._longest = max(self._longest, done.seconds)
         hand.lease = max(1, min(256, int(len(units) * LEASE_SECONDS / max(done.seconds, 1e-3)), 2 * len(units)))
         self.ledger.settle(report.unit for report in done.reports if report.settled)
         self.ledger.give_back(number, [report.unit for report in done.reports if not report.settled])

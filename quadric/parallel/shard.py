@@ -220,6 +220,8 @@ class Shard:
         incarnation, sequence = self._last.get(push.worker, (0, -1))
         if push.incarnation < incarnation:
             return Verdict.SUPERSEDED
+        if push.incarnation > incarnation:
+            del self._bad[push.worker]  # a new process begins with a clean record
         if push.incarnation == incarnation and push.sequence <= sequence:
             return Verdict.REPEATED
         if self._bad[push.worker] > self._bounds.not_finite:

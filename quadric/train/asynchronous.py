@@ -67,6 +67,10 @@ class Asynchronous:
         check(self, outer_lr=POSITIVE, outer_momentum=SHARE, warm=NOT_NEGATIVE, clip=NONE_OR_POSITIVE)
         check(self, staleness=NONE_OR_NOT_NEGATIVE, not_finite=NOT_NEGATIVE, compression=one_of(Compression))
         check(self, share=(lambda value: 0 < value <= 1, "must be more than 0 and at most 1"), rank=POSITIVE)
+        if self.sends == "elastic" and (self.clip, self.staleness) != (None, None):
+            raise ValueError(
+                f"clip={self.clip}, staleness={self.staleness}: are of gradients, and elastic averaging sends none"
+            )
 
     def strategy(self, method: Method, minibatches: int) -> Strategy:
         """What a worker does."""

@@ -237,6 +237,15 @@ class AsynchronousTrainer:
         told = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
         logger.info("push %d of %d: held-out %s", done, len(self.units), told)
 
+    def _tell_counts(self, server: ParameterServer, crew: Crew) -> None:
+        """What became of all pushes."""
+        counts = server.counts()
+        sums = {verdict: sum(count[verdict.name.lower()] for count in counts) for verdict in Verdict}
+        refused = {verdict: number for verdict, number in sums.items() if number and verdict is not Verdict.APPLIED}
+        told = "".join(f"; {number} refused: {verdict}" for verdict, number in refused.items())
+        lost = f"; {crew.lost} lost by shards that died, and done again" if crew.lost else ""
+        logger.info("%d pushes applied by %d shards%s%s", sums[Verdict.APPLIED], len(counts), told, lost)
+
     def _load(self) -> None:
         file = self.folder / "driver.pt"
         if not file.exists():

@@ -142,6 +142,15 @@ def test_what_is_not_finite_moves_nothing(rule: Rule, value: float | None, tmp_p
     assert server.push(push(0, vector(3), unit=4, worker=1)).verdict is Verdict.APPLIED  # others are not concerned
 
 
+def test_a_new_process_of_a_dropped_worker_is_heard(tmp_path: Path) -> None:
+    server = shard(tmp_path, bounds=Bounds(not_finite=0))
+    server.push(push(0, None))
+    assert server.push(push(1, vector(0))).verdict is Verdict.DROPPED
+    assert server.push(push(0, vector(0), incarnation=2)).verdict is Verdict.APPLIED
+    server.push(push(1, None, incarnation=2))
+    assert server.push(push(2, vector(0), incarnation=2)).verdict is Verdict.DROPPED
+
+
 @pytest.mark.parametrize("rule", [xu, nesterov])
 def test_what_follows_is_as_if_it_had_not_come(rule: Rule, tmp_path: Path) -> None:
     with_it, without = shard(tmp_path / "a", rule), shard(tmp_path / "b", rule)

@@ -94,6 +94,7 @@ def test_what_is_sent_decides_who_steps_by_what() -> None:
         ({"compression": "zip"}, "compression=zip: must be"),
         ({"share": 0.0}, "share=0.0: must be more than 0"),
         ({"rank": 0}, "rank=0: must be positive"),
+        ({"sends": "elastic", "clip": 1.0}, "clip=1.0, staleness=None: are of gradients"),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], sentence: str) -> None:
