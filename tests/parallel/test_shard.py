@@ -146,9 +146,9 @@ def test_a_new_process_of_a_dropped_worker_is_heard(tmp_path: Path) -> None:
     server = shard(tmp_path, bounds=Bounds(not_finite=0))
     server.push(push(0, None))
     assert server.push(push(1, vector(0))).verdict is Verdict.DROPPED
-    assert server.push(push(0, vector(0), incarnation=2)).verdict is Verdict.APPLIED
-    server.push(push(1, None, incarnation=2))
-    assert server.push(push(2, vector(0), incarnation=2)).verdict is Verdict.DROPPED
+    assert server.push(push(0, vector(0))._replace(incarnation=2)).verdict is Verdict.APPLIED
+    server.push(push(1, None)._replace(incarnation=2))
+    assert server.push(push(2, vector(0))._replace(incarnation=2)).verdict is Verdict.DROPPED
 
 
 @pytest.mark.parametrize("rule", [xu, nesterov])
