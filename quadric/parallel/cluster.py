@@ -93,14 +93,22 @@ def _start(folder: Path, cpus: int, memory: int) -> str:
         with (folder / "ray.log").open("ab") as log:
             command = [sys.executable, "-m", "quadric.parallel.cluster", str(folder), str(cpus), str(memory)]
             head = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-        deadline = time.monotonic() + START_SECONDS
-        while (about := _running(folder)) is None:
-            if head.poll() is not None or time.monotonic() > deadline:
-                _kill(head.pid)
-                raise RuntimeError(f"Ray did not start: {folder / 'ray.log'} says why")
-            time.sleep(0.05)
+        try:
+            about = _awaited(folder, head)
+        except BaseException:
+            _kill(head.pid)
+            raise
     os.environ.update(_environment(token))
     return str(about["address"])
+
+
+def _awaited(folder: Path, head: subprocess.Popen[bytes]) -> Mapping[str, Any]:
+    deadline = time.monotonic() + START_SECONDS
+    while (about := _running(folder)) is None:
+        if head.poll() is not None or time.monotonic() > deadline:
+            raise RuntimeError(f"Ray did not start: {folder / 'ray.log'} says why")
+        time.sleep(0.05)
+    return about
 
 
 def _environment(token: Path) -> dict[str, str]:

@@ -12,7 +12,7 @@ import math
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,12 +136,16 @@ class AsynchronousTrainer:
             self._look(server, crew, live)
         with stop_requests() as stop:
             units = self._settled(server, crew, cluster, live, stop)
-            for _ in progress(units, total=crew.ledger.left, what=what):
-                pass
+            try:
+                for _ in progress(units, total=crew.ledger.left, what=what):
+                    pass
+            except Exception:
+                with suppress(Exception):  # what went wrong is what counts
+                    self._save(server)
+                raise
         if self._state["done"]:
             return
-        server.save()
-        self._save()
+        self._save(server)
         done = len(self.units) - crew.ledger.left
         raise Interrupted(
             f"stopped after push {done} of {len(self.units)}, saved in {self.folder}: "
@@ -158,19 +162,21 @@ class AsynchronousTrainer:
                 logger.info("%s", sentence)
             live.take(tick, crew.ledger.left)
             self._state["lost"] = crew.lost
-            done = len(self.units) - crew.ledger.left
-            if self.evaluations * done // len(self.units) > self._state["looks"] or not crew.ledger.left:
-                self._state["looks"] = self.evaluations * done // len(self.units)
-                server.save()
+            looks = self.evaluations * (len(self.units) - crew.ledger.left) // len(self.units)
+            if crew.ledger.left and looks > self._state["looks"]:
+                self._state["looks"] = looks
                 self._look(server, crew, live)
-                patience = self.method.patience
-                self._state["done"] = not crew.ledger.left or (
-                    patience is not None and self._state["stale"] >= patience
-                )
-                self._save()
+                self._save(server)
             yield from (report.unit for report in tick.reports if report.settled)
-            if self._state["done"] or stop.is_set():
+            if stop.is_set():
                 return
+            if self.method.patience is not None and self._state["stale"] >= self.method.patience:
+                break
+        else:
+            self._look(server, crew, live)
+        self._tell_counts(server, crew)
+        self._state |= {"done": True, "model": self.model.state_dict()}
+        self._save(server)
 
     def _counted(self, crew: Crew) -> Iterator[Tick]:
         """The ticks, their seconds added up."""
@@ -258,7 +264,9 @@ class AsynchronousTrainer:
             )
         self._state = state
 
-    def _save(self) -> None:
+    def _save(self, server: ParameterServer) -> None:
+        """What the driver knows, after what the shards do: it never tells of pushes that they lack."""
+        server.save()
         checkpoint.save(self._state, self.folder / "driver.pt")
 
 

@@ -251,3 +251,18 @@ def test_a_cluster_is_refused_without_a_token(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("RAY_ADDRESS", "192.0.2.17:6379")
     with pytest.raises(ValueError, match="no token for it: set RAY_AUTH_MODE=token"):
         Cluster(tmp_path, cpus=1)
+
+
+def test_the_command_line_trains_a_recipe(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "quadric", "train", "autoencoder", "images=curves", "--async", "--workers", "2"]
+    command += ["averaged.lr=0.001", "averaged.epochs=0.2", "evaluations=1", "asynchronous.compression=bfloat16"]
+    environment = {**os.environ, "PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
+    given = {"env": environment, "capture_output": True, "text": True, "cwd": tmp_path}
+    ran = subprocess.run(command, **given, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert "averaged_sgd: training loss" in ran.stdout and (tmp_path / "exp/autoencoder-curves/report.html").is_file()
+    log = (tmp_path / "exp/autoencoder-curves/averaged_sgd/metrics.jsonl").read_text().splitlines()
+    first, last = json.loads(log[0]), json.loads(log[-1])
+    assert last["dev_loss"] < first["dev_loss"] and last["pushes_per_second"] > 0 and "%" in last["staleness"]
+    again = subprocess.run(command, **given, check=True)
+    assert again.stdout == ran.stdout and "worker" not in again.stderr, "what was done is not done again"

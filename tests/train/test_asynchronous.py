@@ -13,6 +13,7 @@ from quadric import cli
 from quadric.data.examples import ExampleStream
 from quadric.loss.loss import CrossEntropy
 from quadric.parallel.worker import Elastic, Gradients, OuterSteps
+from quadric.train import checkpoint
 from quadric.train.asynchronous import Asynchronous, asynchronous_key
 from quadric.train.asynchronous_trainer import AsynchronousTrainer
 from quadric.train.averaged_method import AveragedSGDMethod
@@ -110,7 +111,7 @@ def test_the_number_of_workers_is_no_part_of_what_a_training_is() -> None:
 
 def test_a_folder_of_another_training_is_refused(tmp_path: Path) -> None:
     first = trainer(AveragedSGDMethod(lr=0.1, gradient_frames=10), tmp_path)
-    first._save()
+    checkpoint.save(first._state, tmp_path / "driver.pt")
     second = trainer(AveragedSGDMethod(lr=0.2, gradient_frames=10), tmp_path)
     with pytest.raises(ValueError, match="of other data or options is there; choose another folder"):
         second.fit()
