@@ -119,9 +119,8 @@ class AveragedSGD(Optimizer):
                 torch._foreach_add_(sums[0], thetas)
 
     def rate(self, group: dict[str, Any]) -> float:
-        """By which the next gradient of the group's first parameter will be multiplied."""
-        step = self.state.get(group["params"][0], {}).get("step", 0) + 1
-        return _rate(group, step)
+        """By which the next gradients of the group will be multiplied, where all its parameters have moved as often."""
+        return _rate(group, max(self.state.get(p, {}).get("step", 0) for p in group["params"]) + 1)
 
     def average(self, parameter: nn.Parameter) -> Tensor:
         """Of a parameter, in float64; itself before averaging begins."""

@@ -17,7 +17,7 @@ try:
         AuthenticationTokenLoader,
         get_authentication_mode,
     )
-    from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
+    from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 except ModuleNotFoundError as missing:
     raise ModuleNotFoundError(
         "asynchronous training needs ray: pip install 'quadric[async]'", name=missing.name
@@ -44,7 +44,7 @@ def forget_token() -> None:
 
 __all__ = [
     "ActorUnavailableError",
-    "RayActorError",
+    "RayError",
     "RayTaskError",
     "check_mode",
     "forget_token",
