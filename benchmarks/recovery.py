@@ -76,7 +76,7 @@ def data(rows: int) -> tuple[Tensor, Tensor]:
 
 def drive(folder: Path, parameters: int, rows: int) -> None:
     """The driver: tells what it knows, a line of JSON each, until it is killed or everything is done."""
-    cluster = Cluster(folder, cpus=WORKERS)
+    Cluster(folder, cpus=WORKERS)  # that of the process that watches
     from quadric.parallel.crew import Crew, Work
     from quadric.parallel.parameter_server import ParameterServer
 
@@ -85,7 +85,6 @@ def drive(folder: Path, parameters: int, rows: int) -> None:
     server = ParameterServer(NAME, model, rule, folder=folder / "server", shards=SHARDS, units=len(units))
     crew = Crew(server, Work(model, Slow(), units), WORKERS)
     for tick in crew.run():
-        cluster.alive()
         told = {
             "time": time.time(),
             "reports": [(report.worker, report.unit) for report in tick.reports],
@@ -236,7 +235,6 @@ def kinds(chosen: argparse.Namespace, table: Table) -> None:
                     since = len(driver.told)
                     driver.until(partial(driver.busy, since))
                     time.sleep(1.0)
-                    cluster.alive()
                     if kind == "driver":
                         took, driver = kill_driver(driver, shards, begin)
                         found.append(took)

@@ -16,7 +16,7 @@ DISTRIBUTED = ("torch.distributed", "torch.nn.parallel", "torch.utils.data.distr
 PARAMETER_NAMES = {"weight", "bias", "data"}
 PARAMETER_LISTS = {"parameters", "named_parameters", "params", "param_groups"}
 
-PROCESSES = ("parallel/cluster.py", "parallel/crew.py", "parallel/parameter_server.py")
+PROCESSES = ("parallel/engine.py", "parallel/cluster.py", "parallel/crew.py", "parallel/parameter_server.py")
 """They start processes, configure them by their environment, and wait for them."""
 
 Violations = Iterator[tuple[int, str]]

@@ -36,6 +36,9 @@ class Compressor(ABC):
     A gradient that is not finite is answered by a message full of NaN, which the receiver refuses as it would refuse
     the gradient itself; the residue stays as it was, and `restore` ignores such a message.
 
+    ``compress`` puts new tensors in the place of those that it keeps: a shallow copy taken before goes on as if nothing
+    had been compressed.
+
     Attributes:
         residue: what is still to be sent; empty before the first gradient.
     """

@@ -39,7 +39,7 @@ class AveragedSGD(Optimizer):
         params: Iterable[Any],
         *,
         lr: float,
-        a: float = 1e-2,
+        a: float = 1e-3,
         power: float = 0.75,
         start: int = 0,
         every: int = 1,
@@ -119,9 +119,8 @@ class AveragedSGD(Optimizer):
                 torch._foreach_add_(sums[0], thetas)
 
     def rate(self, group: dict[str, Any]) -> float:
-        """By which the next gradient of the group's first parameter will be multiplied."""
-        step = self.state.get(group["params"][0], {}).get("step", 0) + 1
-        return _rate(group, step)
+        """By which the next gradients of the group will be multiplied, where all its parameters have moved as often."""
+        return _rate(group, max(self.state.get(p, {}).get("step", 0) for p in group["params"]) + 1)
 
     def average(self, parameter: nn.Parameter) -> Tensor:
         """Of a parameter, in float64; itself before averaging begins."""
@@ -150,20 +149,23 @@ def _rate(group: dict[str, Any], step: int) -> float:
 
 
 def _chunks(vectors: Sequence[Sequence[Tensor]]) -> Iterator[tuple[list[Tensor], ...]]:
-    """Rows of tensors alike in shape, as lists of parts: the first of every row, the second, and so on.
+    """Rows of tensors alike in shape, as lists of some or of their parts: the first of each row, the second, and so on.
 
     On a CPU there are about `_CHUNK` entries in a list, so that what is read of a parameter for one operation is still
     in the cache for the next; each entry then goes through memory once.
     """
-    rows, entries = list[list[Tensor]](), 0
+    rows, entries = list[Sequence[Tensor]](), 0
     for row in vectors:
-        flat = [x.view(-1) for x in row] if all(x.is_contiguous() and x.device.type == "cpu" for x in row) else None
-        for part in zip(*(x.split(_CHUNK) for x in flat), strict=True) if flat else [tuple(row)]:
-            rows.append(list(part))
-            entries += part[0].numel() if flat else 0
-            if entries >= _CHUNK:
-                yield tuple(map(list, zip(*rows, strict=True)))
-                rows, entries = [], 0
+        size = row[0].numel() if row[0].device.type == "cpu" else 0
+        if size > _CHUNK and all(x.is_contiguous() for x in row):
+            for parts in zip(*(x.view(-1).split(_CHUNK) for x in row), strict=True):
+                yield tuple([part] for part in parts)
+            continue
+        rows.append(row)
+        entries += size
+        if entries >= _CHUNK:
+            yield tuple(map(list, zip(*rows, strict=True)))
+            rows, entries = [], 0
     if rows:
         yield tuple(map(list, zip(*rows, strict=True)))
 
@@ -172,7 +174,7 @@ def averaged_sgd(
     params: Iterable[Any],
     *,
     lr: float,
-    a: float = 1e-2,
+    a: float = 1e-3,
     power: float = 0.75,
     start: int = 0,
     every: int = 1,

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from quadric.files import new_file
+from quadric.parallel.engine import check_mode, forget_token, ray, stay_on_loopback
 
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """Ray's switch for nodes that stay on the loopback interface, named after the systems where that is the default."""
@@ -39,40 +41,65 @@ class Cluster:
         cpus: of a Ray that is started here.
         memory: bytes of its object store; parameters and gradients on their way lie there.
 
+    Attributes:
+        own: whether it is a Ray that was started for this training.
+
     Raises:
-        ValueError: ``RAY_ADDRESS`` is that of a cluster without tokens, or there is none for it here.
+        ValueError: ``RAY_ADDRESS`` is that of a cluster without tokens, or there is none for it here; this process has
+            imported ray before, to be without.
         RuntimeError: Ray does not start, or cannot be reached.
     """
 
     def __init__(self, folder: Path, *, cpus: int, memory: int = 2**30) -> None:
-        self._folder, self._own = folder, False
+        check_mode()
+        self._folder = folder.resolve()
+        self._before = dict(os.environ)
         os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
         address = os.environ.get("RAY_ADDRESS")
-        if address in (None, "local", "auto"):
+        self.own = address in (None, "local")
+        self._left = threading.Event()
+        if self.own:
             os.environ.pop("RAY_ADDRESS", None)
-            address, self._own = _start(folder, cpus, memory), True
+            stay_on_loopback()
+            address = _start(self._folder, cpus, memory)
         else:
-            _check_token(address)
-        from quadric.parallel.engine import forget_token, ray
-
+            _check_token(str(address))
         forget_token()  # of the cluster before, if this process has been in one
         try:
             ray.init(address=address, namespace=_NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, RuntimeError, TimeoutError) as error:
-            raise RuntimeError(f"RAY_ADDRESS={address}: cannot be joined ({error}): is the cluster up?") from error
+        except BaseException as error:
+            self._end()
+            if isinstance(error, ConnectionError | RuntimeError | TimeoutError):
+                raise RuntimeError(f"RAY_ADDRESS={address}: cannot be joined ({error}): is the cluster up?") from error
+            raise
+        if self.own:
+            threading.Thread(target=self._keep, daemon=True).start()
 
-    def alive(self) -> None:
-        """Says that somebody still wants the Ray that was started here, which ends without that."""
-        if self._own:
-            (self._folder / _ALIVE).touch()
+    def check(self) -> None:
+        """Raises ``RuntimeError`` where the Ray that was started here has died, before Ray gives up without a word."""
+        if self.own and _running(self._folder) is None:
+            raise RuntimeError(
+                f"the Ray of this training has ended ({self._folder / 'ray.log'} may say why): the same command starts "
+                "another, and goes on from the last checkpoints"
+            )
 
     def leave(self) -> None:
         """Leaves the cluster, and ends the Ray that was started here."""
-        from quadric.parallel.engine import ray
-
         ray.shutdown()
-        if self._own:
+        self._end()
+
+    def _end(self) -> None:
+        self._left.set()
+        if self.own:
             _end(self._folder)
+        os.environ.clear()
+        os.environ.update(self._before)
+
+    def _keep(self) -> None:
+        """Says that somebody still wants the Ray that was started here, which ends without that."""
+        while not self._left.wait(IDLE_SECONDS / 30):
+            with suppress(FileNotFoundError):
+                (self._folder / _ALIVE).touch()
 
 
 _NAMESPACE = "quadric"
@@ -86,20 +113,28 @@ def _start(folder: Path, cpus: int, memory: int) -> str:
         with new_file(token) as temporary:
             temporary.chmod(0o600)
             temporary.write_text(secrets.token_hex(32))
-        (folder / _ABOUT).unlink(missing_ok=True)
+        _clear(folder)
         (folder / _ALIVE).touch()
         environment = {**os.environ, **_environment(token), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         with (folder / "ray.log").open("ab") as log:
             command = [sys.executable, "-m", "quadric.parallel.cluster", str(folder), str(cpus), str(memory)]
             head = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-        deadline = time.monotonic() + START_SECONDS
-        while (about := _running(folder)) is None:
-            if head.poll() is not None or time.monotonic() > deadline:
-                _kill(head.pid)
-                raise RuntimeError(f"Ray did not start: {folder / 'ray.log'} says why")
-            time.sleep(0.05)
+        try:
+            about = _awaited(folder, head)
+        except BaseException:
+            _kill(head.pid)
+            raise
     os.environ.update(_environment(token))
     return str(about["address"])
+
+
+def _awaited(folder: Path, head: subprocess.Popen[bytes]) -> Mapping[str, Any]:
+    deadline = time.monotonic() + START_SECONDS
+    while (about := _running(folder)) is None:
+        if head.poll() is not None or time.monotonic() > deadline:
+            raise RuntimeError(f"Ray did not start: {folder / 'ray.log'} says why")
+        time.sleep(0.05)
+    return about
 
 
 def _environment(token: Path) -> dict[str, str]:
@@ -111,12 +146,14 @@ def _running(folder: Path) -> Mapping[str, Any] | None:
     with suppress(FileNotFoundError, ValueError):
         about = json.loads((folder / _ABOUT).read_text())
         with suppress(OSError):
-            if _ARGUMENT in Path(f"/proc/{about['pid']}/cmdline").read_text():
+            arguments = Path(f"/proc/{about['pid']}/cmdline").read_text().split("\0")
+            if _ARGUMENT in arguments and str(folder) in arguments:
                 return dict(about)
     return None
 
 
 _ARGUMENT = "quadric.parallel.cluster"
+_PREFIX = "quadric-"
 
 
 def _end(folder: Path) -> None:
@@ -126,8 +163,18 @@ def _end(folder: Path) -> None:
         deadline = time.monotonic() + 20
         while _running(folder) is not None and time.monotonic() < deadline:
             time.sleep(0.05)
-    for name in (_ABOUT, _TOKEN, _ALIVE):
+    _clear(folder)
+    for name in (_TOKEN, _ALIVE):
         (folder / name).unlink(missing_ok=True)
+
+
+def _clear(folder: Path) -> None:
+    """Removes what is known of a Ray, and what one that was killed has left."""
+    with suppress(FileNotFoundError, ValueError, KeyError):
+        place = Path(json.loads((folder / _ABOUT).read_text())["place"])
+        if place.name.startswith(_PREFIX):
+            shutil.rmtree(place, ignore_errors=True)
+    (folder / _ABOUT).unlink(missing_ok=True)
 
 
 def _kill(group: int) -> None:
@@ -137,6 +184,8 @@ def _kill(group: int) -> None:
 
 def _check_token(address: str) -> None:
     """Refuses a cluster that other machines reach and that lets in whoever comes."""
+    if address == "auto":
+        raise ValueError("RAY_ADDRESS=auto: give HOST:PORT, as `ray start --head` has told it")
     host = address.removeprefix("ray://").rsplit(":", 1)[0].strip("[]")
     if host == "localhost" or _is_loopback(host):
         os.environ.update({name: value for name, value in LOOPBACK.items() if name not in os.environ})
@@ -175,9 +224,7 @@ def _is_loopback(host: str) -> bool:
 
 def _serve(folder: Path, cpus: int, memory: int) -> None:
     """A Ray for ``folder`` until SIGTERM, or until nobody has wanted it for long."""
-    from quadric.parallel.engine import ray
-
-    place = Path(tempfile.mkdtemp(prefix="quadric-"))  # sockets want a short path
+    place = Path(tempfile.mkdtemp(prefix=_PREFIX))  # sockets want a short path
     try:
         ray.init(
             address="local",
@@ -188,11 +235,12 @@ def _serve(folder: Path, cpus: int, memory: int) -> None:
             log_to_driver=False,
             logging_level=logging.ERROR,
             _node_ip_address="127.0.0.1",
-            _temp_dir=str(place),
+            _temp_dir=str(place / "r"),  # which Ray opens to everybody, as it does its sockets
         )
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         with new_file(folder / _ABOUT) as temporary:
-            temporary.write_text(json.dumps({"address": ray.get_runtime_context().gcs_address, "pid": os.getpid()}))
+            about = {"address": ray.get_runtime_context().gcs_address, "pid": os.getpid(), "place": str(place)}
+            temporary.write_text(json.dumps(about))
         while time.time() - (folder / _ALIVE).stat().st_mtime < IDLE_SECONDS:
             time.sleep(2)
     except FileNotFoundError:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from quadric.comm.compression import Compressor
 from quadric.loss.loss import Loss
-from quadric.parallel.engine import RayActorError, ray
+from quadric.parallel.engine import RayError, ray
 from quadric.parallel.exchange import Verdict
 from quadric.parallel.ledger import Ledger
 from quadric.parallel.parameter_server import ActorLink, ParameterServer, got
@@ -31,8 +31,10 @@ SAVE_SECONDS = 30.0
 """Between two checkpoints of the shards: what was pushed since the last is lost where a shard dies, and done again."""
 LEASE_SECONDS = 1.0
 """What a worker is given at a time takes about as long."""
-OVERDUE_SECONDS = 5.0
-"""What a worker has not done for as long is given to others as well, where there is nothing else to do."""
+OVERDUE_SECONDS, OVERDUE_LEASES = 5.0, 3.0
+"""What a worker has not done for as long, and as many of the longest leases, others do as well when they are idle."""
+SILENT_SECONDS = 60.0
+"""Without any report for as long, a person is told."""
 HOPELESS = 5
 """As many processes of one worker may die in a row without having settled one unit."""
 
@@ -137,20 +139,24 @@ class Crew:
         work: what a worker needs.
         workers: how many. Those for which the cluster has no room yet join when it has.
         alone: units that the first worker does before the others begin (a warm start).
+        cpus: of the cluster that a worker takes.
     """
 
-    def __init__(self, server: ParameterServer, work: Work, workers: int, *, alone: int = 0) -> None:
+    def __init__(self, server: ParameterServer, work: Work, workers: int, *, alone: int = 0, cpus: float = 1.0) -> None:
         if workers < 1:
             raise ValueError(f"workers={workers}: give one at least")
-        self._server, self._alone = server, alone
+        self._server, self._alone, self._cpus = server, alone, cpus
         self._warming: Hand | None = None
         self._work = ray.put(work)
         counts = server.counts()
-        self._incarnation = 1 + max(count["incarnation"] for count in counts)
+        # Later than all that a driver before has started, also those whose pushes are still on their way.
+        self._incarnation = max(1 + max(count["incarnation"] for count in counts), int(time.time()))
         self._lives = [count["life"] for count in counts]
         self.ledger = Ledger(torch.stack(server.applied()).all(0))
         self._saved = time.monotonic()
         self._saving: list[Any] = []
+        self._longest = 0.0
+        self._heard = time.monotonic()
         self.lost = 0
         self.hands = {number: self._hire(number) for number in range(workers)}
 
@@ -163,14 +169,24 @@ class Crew:
         """
         while True:
             news: list[str] = []
-            if not self.ledger.left:
+            if not self.ledger.left:  # a shard that dies after that comes back with everything
+                self._server.save()
                 news += self._swept(range(len(self._lives)))
             if not self.ledger.left:
                 yield Tick([], news)
                 return
             self._deal()
             reports = self._collect(news)
-            self._save()
+            if reports:
+                self._heard = time.monotonic()
+            elif time.monotonic() - self._heard > SILENT_SECONDS:
+                absent = [number for number, hand in self.hands.items() if hand.pid is None]
+                rest = f"; the cluster has no room yet for workers {absent}" if absent else ""
+                news.append(
+                    f"no worker has reported for {SILENT_SECONDS:.0f} s, they or the shards may be stopped{rest}"
+                )
+                self._heard = time.monotonic()
+            news += self._save()
             yield Tick(reports, news)
 
     def buffers(self) -> list[Tensor]:
@@ -187,7 +203,7 @@ class Crew:
 
     def _hire(self, number: int) -> Hand:
         given = (self._server.shards, self._server.sizes, number, self._incarnation)
-        actor = _WorkerActor.options(num_cpus=1).remote(self._work, *given)  # type: ignore[attr-defined]
+        actor = _WorkerActor.options(num_cpus=self._cpus).remote(self._work, *given)  # type: ignore[attr-defined]
         hand = Hand(actor, self._incarnation)
         hand.pending[actor.ready.remote()] = []
         self._incarnation += 1
@@ -195,25 +211,27 @@ class Crew:
 
     def _deal(self) -> None:
         """Gives each worker what it does and what it does next."""
-        now = time.monotonic()
+        now, overdue = time.monotonic(), max(OVERDUE_SECONDS, OVERDUE_LEASES * self._longest)
         warm = int(self.ledger.settled[: self._alone].sum()) < min(self._alone, len(self.ledger.settled))
         for number, hand in self.hands.items():
-            if hand.dropped or hand.pid is None or (warm and hand is not self._first(hand)):
+            if hand.dropped or hand.pid is None or (warm and hand is not self._first(hand, now, overdue)):
                 continue
             while len(hand.pending) < 2:
                 count = min(hand.lease, max(1, self.ledger.left // (4 * len(self.hands))))
                 if warm:
                     count = 1
-                units = self.ledger.take(number, count, now=now, overdue=OVERDUE_SECONDS)
+                units = self.ledger.take(number, count, now=now, overdue=overdue)
                 if not units:
                     break
                 hand.pending[hand.actor.do.remote(units)] = units
 
-    def _first(self, ready: Hand) -> Hand:
-        """Who works alone: the worker that was the first to be there, while it lives."""
-        if self._warming not in self.hands.values() or self._warming is None or self._warming.dropped:
-            self._warming = ready
-        return self._warming
+    def _first(self, ready: Hand, now: float, overdue: float) -> Hand:
+        """Who works alone: the worker that was the first to be there, while it lives and reports."""
+        first = self._warming
+        if first is None or first not in self.hands.values() or first.dropped or now - self._heard > overdue:
+            self._warming, self._heard = ready, now
+            return ready
+        return first
 
     def _collect(self, news: list[str]) -> list[Report]:
         """Waits for the next leases that end."""
@@ -230,13 +248,13 @@ class Crew:
                 continue  # of a worker that has died meanwhile
             try:
                 done = got(ref)
-            except RayActorError as error:
+            except RayError as error:
                 self._bury(number, news, error)
                 continue
             units = hand.pending.pop(ref)
             if isinstance(done, int):
                 hand.pid = done
-                news.append(f"worker {number} is there, as incarnation {hand.incarnation}")
+                news.append(f"worker {number} is there")
             else:
                 reports += self._take(number, units, done, news)
         return reports
@@ -245,6 +263,7 @@ class Crew:
         """The reports of a lease, after what they say was acted upon."""
         hand = self.hands[number]
         hand.buffers, hand.deaths = done.buffers, 0
+        self._longest = max(self._longest, done.seconds)
         hand.lease = max(1, min(256, int(len(units) * LEASE_SECONDS / max(done.seconds, 1e-3)), 2 * len(units)))
         self.ledger.settle(report.unit for report in done.reports if report.settled)
         self.ledger.give_back(number, [report.unit for report in done.reports if not report.settled])
@@ -283,9 +302,19 @@ class Crew:
             self.lost += len(lost)
         return news
 
-    def _save(self) -> None:
-        if time.monotonic() - self._saved > SAVE_SECONDS:
-            ready, _ = ray.wait(self._saving, num_returns=len(self._saving), timeout=0) if self._saving else ([], [])
-            if len(ready) == len(self._saving):
-                self._saving = [shard.save.remote() for shard in self._server.shards]
-                self._saved = time.monotonic()
+    def _save(self) -> list[str]:
+        """Has the shards write checkpoints when it is time; what went wrong with the last."""
+        if time.monotonic() - self._saved < SAVE_SECONDS:
+            return []
+        ready, _ = ray.wait(self._saving, num_returns=len(self._saving), timeout=0) if self._saving else ([], [])
+        if len(ready) < len(self._saving):
+            return []
+        news = []
+        for number, saved in enumerate(self._saving):
+            try:
+                got(saved)
+            except (RuntimeError, ValueError, RayError) as error:
+                news.append(f"shard {number} cannot write its checkpoint, and will try again: {error}")
+        self._saving = [shard.save.remote() for shard in self._server.shards]
+        self._saved = time.monotonic()
+        return news

@@ -51,11 +51,11 @@ class Ledger:
                 taken.append(unit)
                 own[unit] = now
         if not taken:
-            others = (held for other, held in self._held.items() if other != worker)
-            late = sorted({u for held in others for u, since in held.items() if now - since > overdue} - own.keys())
+            held = [each for units in self._held.values() for each in units.items()]
+            late = sorted({unit for unit, since in held if now - since > overdue} - own.keys())
             taken = late[:count]
-            for held in self._held.values():  # one more worker at a time
-                held.update((u, now) for u in taken if u in held)
+            for units in self._held.values():  # one more worker at a time
+                units.update((unit, now) for unit in taken if unit in units)
             own.update((unit, now) for unit in taken)
         return taken
 

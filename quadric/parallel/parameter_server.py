@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from quadric.parallel.engine import ActorUnavailableError, RayTaskError, ray
+from quadric.parallel.engine import ActorUnavailableError, RayError, RayTaskError, ray
 from quadric.parallel.exchange import Answer, Push
 from quadric.parallel.partition import hollow, partition
 from quadric.parallel.shard import Bounds, Rule, Shard, begin
@@ -147,10 +147,12 @@ def _heard(call: Callable[[], Any], *, seconds: float = 300.0) -> Any:
     while True:
         try:
             return got(call())
-        except ActorUnavailableError:
+        except ActorUnavailableError as error:
             if time.monotonic() > deadline:
-                raise
+                raise RuntimeError(f"a shard has not come back in {seconds:.0f} s: {error}") from error
             time.sleep(0.05)
+        except RayError as error:
+            raise RuntimeError(f"a shard is lost: {error}") from error
 
 
 def got(answer: Any) -> Any:

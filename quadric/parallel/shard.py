@@ -27,7 +27,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from quadric.comm import checkpoint
 from quadric.comm.communicator import Solo
 from quadric.comm.message import Message
-from quadric.optim.averaged import AveragedSGD, at_average
+from quadric.optim.averaged import AveragedSGD, at_average, train_mode
 from quadric.options import check_whole
 from quadric.parallel.exchange import NO_UNIT, Answer, Push, Vector, Verdict
 from quadric.space import ParameterSpace
@@ -139,6 +139,7 @@ class Shard:
         self._optimizer = rule(part)
         self._scheduler = schedule(self._optimizer) if schedule else None
         self._restore(state)
+        train_mode(self._optimizer)
 
     @property
     def size(self) -> int:
@@ -220,6 +221,8 @@ class Shard:
         incarnation, sequence = self._last.get(push.worker, (0, -1))
         if push.incarnation < incarnation:
             return Verdict.SUPERSEDED
+        if push.incarnation > incarnation:
+            del self._bad[push.worker]  # a new process begins with a clean record
         if push.incarnation == incarnation and push.sequence <= sequence:
             return Verdict.REPEATED
         if self._bad[push.worker] > self._bounds.not_finite:

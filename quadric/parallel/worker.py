@@ -239,9 +239,13 @@ class Worker:
         if self._strategy.fresh or not self._begun:
             self._load()
             self._begun = True
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
         for _ in range(2):
             vector, value = self._strategy.run(self, unit)
             verdicts, staleness, sent = self._send(unit, vector)
+            if Verdict.NOT_FINITE in verdicts:
+                for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+                    buffer.copy_(before)
             if Verdict.STALE not in verdicts or not self._strategy.fresh:
                 break
             self._load()

@@ -16,7 +16,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from quadric.comm.compression import AdaComp, CLTk, Compressor, HalfPrecision, LowRank, bin_lengths
 from quadric.parallel.shard import Bounds, Rule
 from quadric.parallel.worker import Elastic, Gradients, OuterSteps, Strategy
-from quadric.train.method import Method, SecondOrderMethod
+from quadric.train.averaged_method import AveragedSGDMethod
+from quadric.train.method import FirstOrder, Method, SecondOrderMethod
 from quadric.train.rules import NONE_OR_NOT_NEGATIVE, NONE_OR_POSITIVE, NOT_NEGATIVE, POSITIVE, SHARE, check, one_of
 
 Sending = Literal["gradients", "elastic", "outer"]
@@ -67,6 +68,10 @@ class Asynchronous:
         check(self, outer_lr=POSITIVE, outer_momentum=SHARE, warm=NOT_NEGATIVE, clip=NONE_OR_POSITIVE)
         check(self, staleness=NONE_OR_NOT_NEGATIVE, not_finite=NOT_NEGATIVE, compression=one_of(Compression))
         check(self, share=(lambda value: 0 < value <= 1, "must be more than 0 and at most 1"), rank=POSITIVE)
+        given = {"clip": self.clip, "staleness": self.staleness, "compression": self.compression}
+        if self.sends == "elastic" and (wrong := {n: v for n, v in given.items() if v not in (None, "none")}):
+            name, value = next(iter(wrong.items()))
+            raise ValueError(f"{name}={value}: elastic averaging draws both sides alike, by all of it; leave it out")
 
     def strategy(self, method: Method, minibatches: int) -> Strategy:
         """What a worker does."""
@@ -99,15 +104,30 @@ def asynchronous_key(options: Asynchronous | None) -> tuple[object, ...]:
 
 
 def check_methods(options: Asynchronous | None, methods: Mapping[str, Method]) -> None:
-    """Refuses methods that take steps no server can.
+    """Refuses methods that take steps no server can, or that workers cannot take by themselves.
 
     Raises:
         ValueError: naming them.
     """
+    if options is None:
+        return
     second = [name for name, method in methods.items() if isinstance(method, SecondOrderMethod)]
-    if options is not None and second:
+    if second:
         others = " ".join(f"{name}=none" for name in second)
         raise ValueError(f"asynchronous: {', '.join(second)} cannot be: leave out with {others}")
+    own = [name for name, method in methods.items() if _averages(method)]
+    if options.sends != "gradients" and own:
+        raise ValueError(
+            f"asynchronous.sends={options.sends}: {', '.join(own)} averages where the server is, and workers step by "
+            "themselves: leave out with averaged=none, and give first_order.optimizer=SGD or another"
+        )
+
+
+def _averages(method: Method) -> bool:
+    """Whether its optimiser is judged elsewhere than where it steps."""
+    optimizer = method.optimizer if isinstance(method, FirstOrder) else None
+    switches = optimizer is not None and all(hasattr(optimizer, name) for name in ("train", "eval"))
+    return isinstance(method, AveragedSGDMethod) or optimizer is torch.optim.ASGD or switches
 
 
 @dataclass(frozen=True)

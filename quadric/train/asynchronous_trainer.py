@@ -12,7 +12,7 @@ import math
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from torch import nn
 
 from quadric.data.examples import Stream
 from quadric.loss.loss import Loss
-from quadric.parallel.cluster import Cluster
+from quadric.optim.averaged import train_mode
 from quadric.parallel.exchange import Verdict
 from quadric.parallel.shard import Rule
 from quadric.parallel.units import Units
@@ -32,10 +32,11 @@ from quadric.train import checkpoint
 from quadric.train.asynchronous import Asynchronous, asynchronous_key
 from quadric.train.method import Method
 from quadric.train.metrics import MetricsLog
-from quadric.train.stages import digest, reading
+from quadric.train.stages import alone_in, digest, reading
 from quadric.train.trainer import Diverged, Interrupted, evaluate, stop_requests
 
 if TYPE_CHECKING:
+    from quadric.parallel.cluster import Cluster
     from quadric.parallel.crew import Crew, Tick
     from quadric.parallel.parameter_server import ParameterServer
 
@@ -84,7 +85,9 @@ class AsynchronousTrainer:
         self.units = Units(stream, frames=method.gradient_frames, epochs=method.epochs, every=options.every)
         self._space = ParameterSpace(model)
         self._metrics = MetricsLog(folder / "metrics.jsonl")
-        fingerprint = digest(self.units.fingerprint(), self._space.names, asynchronous_key(options), method)
+        fingerprint = digest(
+            self.units.fingerprint(), self._space.names, asynchronous_key(options), method, repr(loss), autocast, seed
+        )
         counts = {"looks": 0, "update": 0, "stale": 0, "lost": 0, "seconds": 0.0, "best": math.inf}
         self._state: dict[str, Any] = {**counts, "done": False, "model": None, "fingerprint": fingerprint}
         _check_steps(model, options.rule(method, len(self.units))[0])
@@ -103,7 +106,11 @@ class AsynchronousTrainer:
         if self._state["done"]:
             self.model.load_state_dict(self._state["model"])
         else:
+            from quadric.parallel.cluster import Cluster
+
             with ExitStack() as stack:
+                stack.enter_context(alone_in(self.folder, "folder"))
+                checkpoint.save(self._state, self.folder / "driver.pt")
                 cluster = Cluster(self.folder / "ray", cpus=self.options.workers)
                 stack.callback(cluster.leave)
                 self._train(cluster, stack, progress, what)
@@ -127,19 +134,23 @@ class AsynchronousTrainer:
     def _train(self, cluster: Cluster, stack: ExitStack, progress: Progress, what: str) -> None:
         server = self._server()
         stack.callback(server.stop)
-        crew = self._crew(server)
+        crew = self._crew(server, cluster)
         stack.callback(crew.end)
         live = _Live(what, sum(server.sizes), len(self.units))
         if not self._metrics.records():
             self._look(server, crew, live)
         with stop_requests() as stop:
             units = self._settled(server, crew, cluster, live, stop)
-            for _ in progress(units, total=crew.ledger.left, what=what):
-                pass
+            try:
+                for _ in progress(units, total=crew.ledger.left, what=what):
+                    pass
+            except Exception:
+                with suppress(Exception):  # what went wrong is what counts
+                    self._save(server)
+                raise
         if self._state["done"]:
             return
-        server.save()
-        self._save()
+        self._save(server)
         done = len(self.units) - crew.ledger.left
         raise Interrupted(
             f"stopped after push {done} of {len(self.units)}, saved in {self.folder}: "
@@ -150,25 +161,28 @@ class AsynchronousTrainer:
         self, server: ParameterServer, crew: Crew, cluster: Cluster, live: _Live, stop: threading.Event
     ) -> Iterator[int]:
         """The units as they are settled, until all are or one asks to stop; looks at the held-out data in between."""
+        lost = 0
         for tick in self._counted(crew):
-            cluster.alive()
+            cluster.check()
             for sentence in tick.news:
                 logger.info("%s", sentence)
             live.take(tick, crew.ledger.left)
-            self._state["lost"] = crew.lost
-            done = len(self.units) - crew.ledger.left
-            if self.evaluations * done // len(self.units) > self._state["looks"] or not crew.ledger.left:
-                self._state["looks"] = self.evaluations * done // len(self.units)
-                server.save()
+            self._state["lost"], lost = self._state["lost"] + crew.lost - lost, crew.lost
+            looks = self.evaluations * (len(self.units) - crew.ledger.left) // len(self.units)
+            if crew.ledger.left and looks > self._state["looks"]:
+                self._state["looks"] = looks
                 self._look(server, crew, live)
-                patience = self.method.patience
-                self._state["done"] = not crew.ledger.left or (
-                    patience is not None and self._state["stale"] >= patience
-                )
-                self._save()
+                self._save(server)
             yield from (report.unit for report in tick.reports if report.settled)
-            if self._state["done"] or stop.is_set():
+            if stop.is_set():
                 return
+            if self.method.patience is not None and self._state["stale"] >= self.method.patience:
+                break
+        else:
+            self._look(server, crew, live)
+        self._tell_counts(server, crew)
+        self._state |= {"done": True, "model": self.model.state_dict()}
+        self._save(server)
 
     def _counted(self, crew: Crew) -> Iterator[Tick]:
         """The ticks, their seconds added up."""
@@ -194,7 +208,7 @@ class AsynchronousTrainer:
             bounds=self.options.bounds,
         )
 
-    def _crew(self, server: ParameterServer) -> Crew:
+    def _crew(self, server: ParameterServer, cluster: Cluster) -> Crew:
         from quadric.parallel.crew import Crew, Work
 
         work = Work(
@@ -207,7 +221,7 @@ class AsynchronousTrainer:
             autocast=torch.bfloat16 if self.autocast else None,
             seed=self.seed,
         )
-        return Crew(server, work, self.options.workers, alone=self.options.warm)
+        return Crew(server, work, self.options.workers, alone=self.options.warm, cpus=0 if cluster.own else 1)
 
     def _look(self, server: ParameterServer, crew: Crew, live: _Live) -> None:
         """Scores on the held-out data; the parameters are kept where they are the best so far."""
@@ -235,6 +249,16 @@ class AsynchronousTrainer:
         told = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
         logger.info("push %d of %d: held-out %s", done, len(self.units), told)
 
+    def _tell_counts(self, server: ParameterServer, crew: Crew) -> None:
+        """What became of all pushes."""
+        counts = server.counts()
+        sums = {verdict: sum(count[verdict.name.lower()] for count in counts) for verdict in Verdict}
+        refused = {verdict: number for verdict, number in sums.items() if number and verdict is not Verdict.APPLIED}
+        told = "".join(f"; {number} refused: {verdict}" for verdict, number in refused.items())
+        again = self._state["lost"]
+        lost = f"; {again} lost by shards that died, and done again" if again else ""
+        logger.info("%d pushes applied by %d shards%s%s", sums[Verdict.APPLIED], len(counts), told, lost)
+
     def _load(self) -> None:
         file = self.folder / "driver.pt"
         if not file.exists():
@@ -247,7 +271,9 @@ class AsynchronousTrainer:
             )
         self._state = state
 
-    def _save(self) -> None:
+    def _save(self, server: ParameterServer) -> None:
+        """What the driver knows, after what the shards do: it never tells of pushes that they lack."""
+        server.save()
         checkpoint.save(self._state, self.folder / "driver.pt")
 
 
@@ -293,7 +319,7 @@ class _Window:
         """Loss, throughput there and back, and how stale how many pushes were; the window begins anew."""
         ages = [report.staleness for report in self.reports if Verdict.APPLIED.name in report.verdicts]
         told: dict[str, float | str] = {
-            "objective": sum(report.loss for report in self.reports) / len(self.reports),
+            "objective": _mean([report.loss for report in self.reports if math.isfinite(report.loss)]),
             "pushes_per_second": len(self.reports) / self.seconds,
             "megabytes_per_second": sum(r.sent + 4 * self._parameters for r in self.reports) / self.seconds / 1e6,
             "staleness": " ".join(f"{age}:{100 * ages.count(age) / len(ages):.0f}%" for age in sorted(set(ages))),
@@ -302,11 +328,16 @@ class _Window:
         return told
 
 
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
 def _check_steps(model: nn.Module, rule: Rule) -> None:
     """Refuses an optimiser that cannot step on gradients alone, by trying it on a copy."""
     trial = copy.deepcopy(model)
     try:
         optimizer = rule(trial)
+        train_mode(optimizer)
         for parameter in trial.parameters():
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()

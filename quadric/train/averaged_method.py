@@ -37,11 +37,11 @@ class AveragedSGDMethod(Method):
     """
 
     epochs: float = 1.0
-    gradient_frames: int = 256
+    gradient_frames: int = 64
     lr: float | None = None
-    a: float = 1e-2
+    a: float = 1e-3
     power: float = 0.75
-    start: float = 0.5
+    start: float = 0.7
     every: int = 1
     weight_decay: float = 0.0
     search_frames: int = 4096

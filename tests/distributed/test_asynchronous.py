@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -118,7 +119,7 @@ def test_workers_train_together_and_leave_nothing_running(start: Callable[..., J
 
 
 def test_a_worker_is_killed_and_replaced_while_the_other_goes_on(start: Callable[..., Job]) -> None:
-    job = start(shards=2, rows=6000, seconds=0.01)
+    job = start(shards=2, rows=20_000, seconds=0.01)
     os.kill(job.underway()["workers"]["1"], signal.SIGKILL)
     job.until(lambda told: any("worker 1 died" in sentence for sentence in told.get("news", [])))
     since = len(job.said)
@@ -134,8 +135,10 @@ def test_nobody_waits_for_a_worker_that_is_stopped(start: Callable[..., Job]) ->
     job = start(seconds=0.01)
     pid = job.underway()["workers"]["1"]
     os.kill(pid, signal.SIGSTOP)
+    stopped = time.monotonic()
     try:
         once_each(job, job.end())
+        assert time.monotonic() - stopped < 60
     finally:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
@@ -154,33 +157,43 @@ def test_a_shard_is_killed_and_what_was_lost_is_done_again(start: Callable[..., 
     assert end["best"]["accuracy"] > 0.7
 
 
+def test_a_shard_is_killed_when_all_is_done(start: Callable[..., Job]) -> None:
+    """Its last checkpoint lacks pushes that were reported: the training is not over."""
+    job = start(seconds=0.0, last_kill=True)
+    end = job.end()
+    once_each(job, end)
+    assert "shard 0 was started again" in job.news() and job.said[-2]["lost"] > 0
+    assert end["best"]["accuracy"] > 0.7
+
+
 def test_a_driver_is_killed_and_the_next_finds_the_server(start: Callable[..., Job]) -> None:
-    job = start(shards=2, rows=4000, seconds=0.01)
+    job = start(shards=2, rows=6000, seconds=0.01)
     job.underway()
     job.process.kill()
     job.process.wait()
-    second = start(shards=2, rows=4000, seconds=0.0, workers=1)
+    second = start(shards=2, rows=6000, seconds=0.01, workers=3)
     end = second.end()
     once_each(second, end)
+    assert {worker for told in second.said for worker, _, _ in told.get("reports", [])} == {0, 1, 2}
     assert [count["life"] for count in second.counts] == [1, 1], "the shards were not those of the first driver"
     assert second.settled() < end["units"] - 20, "what the first driver's workers did was done again"
 
 
 def test_a_job_is_stopped_and_goes_on(start: Callable[..., Job]) -> None:
-    job = start(seconds=0.01)
+    job = start(rows=6000, seconds=0.01)
     job.underway()
     job.process.send_signal(signal.SIGINT)
     assert "the same command goes on from there" in job.end()["interrupted"]
     done = job.settled()
     assert not any(alive(pid) for told in job.said for pid in told.get("workers", {}).values() if pid)
-    second = start(seconds=0.0)
+    second = start(rows=6000, seconds=0.0)
     end = second.end()
     once_each(second, end)
     assert second.counts[0]["life"] == 2 and second.settled() <= end["units"] - done
 
 
 def test_gradients_that_are_not_finite_are_refused_and_counted(start: Callable[..., Job]) -> None:
-    job = start(bad=6, seconds=0.0)
+    job = start(bad=6, seconds=0.0, norm=True)
     end = job.end()
     (count,) = job.counts
     assert count["not_finite"] > 0 and count["applied"] + count["not_finite"] == end["units"]
@@ -199,7 +212,9 @@ def test_only_this_machine_gets_in_and_only_with_the_token(start: Callable[..., 
     folder = job.folder / "ray"
     about, token = json.loads((folder / "ray.json").read_text()), folder / "token"
     assert token.stat().st_mode & 0o077 == 0
-    assert set(listening(about["pid"])) == {"127.0.0.1"}
+    assert set(listening(about["pid"])) | set(listening(job.process.pid)) == {"127.0.0.1"}
+    place = Path(about["place"])
+    assert place.stat().st_mode & 0o077 == 0, "others reach the sockets within"
     for code, wanted in (("0" * 64, False), (token.read_text(), True)):
         environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": code}
         script = "import sys\nfrom quadric.parallel.cluster import _enters\nimport os\n"
@@ -251,3 +266,18 @@ def test_a_cluster_is_refused_without_a_token(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("RAY_ADDRESS", "192.0.2.17:6379")
     with pytest.raises(ValueError, match="no token for it: set RAY_AUTH_MODE=token"):
         Cluster(tmp_path, cpus=1)
+
+
+def test_the_command_line_trains_a_recipe(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "quadric", "train", "autoencoder", "images=curves", "--async", "--workers", "2"]
+    command += ["averaged.lr=0.001", "averaged.epochs=0.2", "evaluations=1", "asynchronous.compression=bfloat16"]
+    environment = {**os.environ, "PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
+    given = {"env": environment, "capture_output": True, "text": True, "cwd": tmp_path}
+    ran = subprocess.run(command, **given, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert "averaged_sgd: training loss" in ran.stdout and (tmp_path / "exp/autoencoder-curves/report.html").is_file()
+    log = (tmp_path / "exp/autoencoder-curves/averaged_sgd/metrics.jsonl").read_text().splitlines()
+    first, last = json.loads(log[0]), json.loads(log[-1])
+    assert last["dev_loss"] < first["dev_loss"] and last["pushes_per_second"] > 0 and "%" in last["staleness"]
+    again = subprocess.run(command, **given, check=True)
+    assert again.stdout == ran.stdout and "worker" not in again.stderr, "what was done is not done again"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import shutil
+import weakref
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -141,6 +142,15 @@ def test_what_is_not_finite_moves_nothing(rule: Rule, value: float | None, tmp_p
     assert server.push(push(0, vector(3), unit=4, worker=1)).verdict is Verdict.APPLIED  # others are not concerned
 
 
+def test_a_new_process_of_a_dropped_worker_is_heard(tmp_path: Path) -> None:
+    server = shard(tmp_path, bounds=Bounds(not_finite=0))
+    server.push(push(0, None))
+    assert server.push(push(1, vector(0))).verdict is Verdict.DROPPED
+    assert server.push(push(0, vector(0))._replace(incarnation=2)).verdict is Verdict.APPLIED
+    server.push(push(1, None)._replace(incarnation=2))
+    assert server.push(push(2, vector(0))._replace(incarnation=2)).verdict is Verdict.DROPPED
+
+
 @pytest.mark.parametrize("rule", [xu, nesterov])
 def test_what_follows_is_as_if_it_had_not_come(rule: Rule, tmp_path: Path) -> None:
     with_it, without = shard(tmp_path / "a", rule), shard(tmp_path / "b", rule)
@@ -222,6 +232,7 @@ def test_units_that_there_are_not(unit: int, tmp_path: Path) -> None:
     "rule",
     [
         nesterov,
+        lambda m: SGD(m.parameters(), lr=0.05, momentum=0.9, nesterov=True, foreach=True),  # writes to gradients
         lambda m: Adam(m.parameters(), lr=0.05, maximize=True, weight_decay=0.1),
         lambda m: SGD(m.parameters(), lr=0.05, maximize=True, weight_decay=0.1, foreach=True),
         late_average,
@@ -237,6 +248,15 @@ def test_what_is_shared_is_not_written_to(rule: Rule, tmp_path: Path) -> None:
         plain.push(push(number, vector(number)))
         assert (shared == vector(number)).all()
     assert (theta(server) == theta(plain)).all()
+
+
+def test_what_is_shared_is_let_go(tmp_path: Path) -> None:
+    """A shared store frees what nobody holds."""
+    server, shared = shard(tmp_path), vector(0)
+    held = weakref.ref(shared)
+    assert server.push(push(0, shared)).verdict is Verdict.APPLIED
+    del shared
+    assert held() is None
 
 
 @pytest.mark.parametrize("compressor", [CLTk(0.4), HalfPrecision()])

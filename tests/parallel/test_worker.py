@@ -120,15 +120,14 @@ def point(worker: Worker) -> np.ndarray:
 def test_sums_of_gradients_along_plain_steps(
     every: int, shards: int, bounds: Bounds, clip: float | None, tmp_path: Path
 ) -> None:
-    for seed in range(2):
-        crew = Crew(tmp_path / str(seed), every=every, shards=shards, bounds=bounds, clip=clip)
-        workers, reports = crew.work(seed)
-        expected = delayed.averaged_sgd(
-            crew.start, workers, gradient, every=every, **XU, scaled=bounds.scaled, bound=bounds.staleness, clip=clip
-        )
-        assert close(crew.link.theta, expected.theta) and close(crew.link.average, expected.average)
-        assert [report.staleness for report in reports] == expected.ages
-        assert all(report.settled for report in reports) and crew.link.shards[0].applied.all()
+    crew = Crew(tmp_path, every=every, shards=shards, bounds=bounds, clip=clip)
+    workers, reports = crew.work(every)
+    expected = delayed.averaged_sgd(
+        crew.start, workers, gradient, every=every, **XU, scaled=bounds.scaled, bound=bounds.staleness, clip=clip
+    )
+    assert close(crew.link.theta, expected.theta) and close(crew.link.average, expected.average)
+    assert [report.staleness for report in reports] == expected.ages
+    assert all(report.settled for report in reports) and crew.link.shards[0].applied.all()
 
 
 def test_means_of_gradients_where_the_server_has_momentum(tmp_path: Path) -> None:
@@ -146,8 +145,7 @@ def falling(optimizer: Optimizer) -> ExponentialLR:
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("every", [1, 3])
-@pytest.mark.parametrize("schedule", [None, falling])
+@pytest.mark.parametrize(("every", "schedule"), [(1, None), (3, falling)])
 def test_elastic_averaging(every: int, schedule: Any, tmp_path: Path) -> None:
     strategy = Elastic(inner, schedule, alpha=0.3)
     crew = Crew(tmp_path, lambda m: SGD(m.parameters(), lr=1.0), every=every, shards=2, strategy=strategy)
@@ -160,8 +158,7 @@ def test_elastic_averaging(every: int, schedule: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("every", [1, 3])
-@pytest.mark.parametrize("schedule", [None, falling])
+@pytest.mark.parametrize(("every", "schedule"), [(1, None), (3, falling)])
 def test_outer_steps(every: int, schedule: Any, tmp_path: Path) -> None:
     def rule(module: nn.Module) -> Optimizer:
         return SGD(module.parameters(), lr=0.7, momentum=0.9, nesterov=True)

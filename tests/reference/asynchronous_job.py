@@ -1,12 +1,15 @@
 """A process that trains asynchronously and tells what happens, a line of JSON each: ``python FILE FOLDER OPTIONS``.
 
 OPTIONS, in JSON, are those of `Asynchronous` and: ``seconds`` that a minibatch takes at least, ``rows`` of data,
-``bad`` rows at their beginning that are not finite, and ``optimizer`` of torch instead of averaged SGD.
+``bad`` rows at their beginning that are not finite, ``optimizer`` of torch instead of averaged SGD, ``norm`` for batch
+normalisation, and ``last_kill``: whether a shard is killed when its last push is applied.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -40,8 +43,13 @@ class Slow(CrossEntropy):
 class Told(AsynchronousTrainer):
     """Prints its ticks."""
 
+    last_kill = False
+
     def _counted(self, crew: Any) -> Iterator[Any]:
         for tick in super()._counted(crew):
+            if self.last_kill and not crew.ledger.left:
+                self.last_kill = False
+                os.kill(crew._server.counts()[0]["pid"], signal.SIGKILL)
             counts = crew._server.counts() if not crew.ledger.left or tick.news else []
             say(
                 reports=[(report.worker, report.unit, report.verdicts) for report in tick.reports],
@@ -60,6 +68,7 @@ def say(**told: Any) -> None:
 def main() -> None:
     options = json.loads(sys.argv[2])
     seconds, rows, bad = options.pop("seconds", 0.01), options.pop("rows", 2000), options.pop("bad", 0)
+    norm, last_kill = options.pop("norm", False), options.pop("last_kill", False)
     method: Method = AveragedSGDMethod(gradient_frames=10, lr=0.5)
     if optimizer := options.pop("optimizer", None):
         method = FirstOrder(epochs=1, gradient_frames=10, optimizer=getattr(torch.optim, optimizer), lr=0.01)
@@ -69,7 +78,7 @@ def main() -> None:
     held_out = ExampleStream(x[-500:].clone(), y[-500:])
     x[:bad] = torch.nan
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 4))
+    model = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16) if norm else nn.Identity(), nn.Tanh(), nn.Linear(16, 4))
     trainer = Told(
         model,
         Slow(seconds),
@@ -80,6 +89,7 @@ def main() -> None:
         Path(sys.argv[1]),
         evaluations=2,
     )
+    trainer.last_kill = last_kill
     try:
         best = trainer.fit()
     except Interrupted as stop:

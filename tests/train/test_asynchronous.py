@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,8 +13,11 @@ from torch import nn
 from quadric import cli
 from quadric.data.examples import ExampleStream
 from quadric.loss.loss import CrossEntropy
+from quadric.parallel.exchange import NO_UNIT, Push, Verdict
+from quadric.parallel.shard import Shard, begin
 from quadric.parallel.worker import Elastic, Gradients, OuterSteps
-from quadric.train.asynchronous import Asynchronous, asynchronous_key
+from quadric.train import checkpoint
+from quadric.train.asynchronous import Asynchronous, asynchronous_key, check_methods
 from quadric.train.asynchronous_trainer import AsynchronousTrainer
 from quadric.train.averaged_method import AveragedSGDMethod
 from quadric.train.block_method import BlockDiagonalMethod
@@ -94,6 +98,8 @@ def test_what_is_sent_decides_who_steps_by_what() -> None:
         ({"compression": "zip"}, "compression=zip: must be"),
         ({"share": 0.0}, "share=0.0: must be more than 0"),
         ({"rank": 0}, "rank=0: must be positive"),
+        ({"sends": "elastic", "clip": 1.0}, "clip=1.0: elastic averaging draws both sides alike"),
+        ({"sends": "elastic", "compression": "adacomp"}, "compression=adacomp: elastic averaging draws both"),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], sentence: str) -> None:
@@ -109,7 +115,7 @@ def test_the_number_of_workers_is_no_part_of_what_a_training_is() -> None:
 
 def test_a_folder_of_another_training_is_refused(tmp_path: Path) -> None:
     first = trainer(AveragedSGDMethod(lr=0.1, gradient_frames=10), tmp_path)
-    first._save()
+    checkpoint.save(first._state, tmp_path / "driver.pt")
     second = trainer(AveragedSGDMethod(lr=0.2, gradient_frames=10), tmp_path)
     with pytest.raises(ValueError, match="of other data or options is there; choose another folder"):
         second.fit()
@@ -118,6 +124,31 @@ def test_a_folder_of_another_training_is_refused(tmp_path: Path) -> None:
 def test_second_order_trainings_are_refused() -> None:
     with pytest.raises(ValueError, match="hessian_free cannot be: leave out with hessian_free=none"):
         TaskJob("a", Autoencoding("curves"), hessian_free=HessianFree(), asynchronous=Asynchronous())
+
+
+@pytest.mark.parametrize("sends", ["elastic", "outer"])
+@pytest.mark.parametrize(
+    "method", [AveragedSGDMethod(lr=0.1), FirstOrder(optimizer=torch.optim.ASGD)], ids=lambda method: method.name
+)
+def test_an_average_is_kept_where_gradients_go(sends: Any, method: Method) -> None:
+    with pytest.raises(ValueError, match=f"asynchronous.sends={sends}: {method.name} averages where the server is"):
+        check_methods(Asynchronous(sends=sends), {method.name: method})
+    check_methods(Asynchronous(), {method.name: method})
+
+
+def test_a_schedule_free_optimiser_is_a_rule(tmp_path: Path) -> None:
+    free = pytest.importorskip("schedulefree", reason="pip install schedulefree")
+    method = FirstOrder(optimizer=free.SGDScheduleFree, gradient_frames=10)
+    made = trainer(method, tmp_path)
+    begin(made.model, tmp_path / "shard")
+    shard = Shard(made.model, made.options.rule(method, 5)[0], folder=tmp_path / "shard")
+    pulled = shard.pull()
+    for sequence in range(3):
+        answer = shard.push(Push(0, 1, sequence, NO_UNIT, pulled.life, 0, np.ones(shard.size, np.float32)))
+        assert answer.verdict is Verdict.APPLIED
+    assert not (shard.average() == answer.theta).all()
+    with pytest.raises(ValueError, match="averages where the server is"):
+        check_methods(Asynchronous(sends="outer"), {"free": method})
 
 
 def test_the_command_lines_flags_stand_for_options() -> None:
