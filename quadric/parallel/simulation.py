@@ -52,7 +52,7 @@ def lognormal(mean: float, spread: float) -> Times:
 
     >>> draw, generator = lognormal(2.0, 0.5), np.random.default_rng(0)
     >>> found = [draw(generator) for _ in range(10_000)]
-    >>> round(np.mean(found), 1), round(np.std(found), 1)
+    >>> round(float(np.mean(found)), 1), round(float(np.std(found)), 1)
     (2.0, 1.0)
     """
     _check(mean=mean, spread=spread)
@@ -349,9 +349,9 @@ class _Simulation:
         if not seconds > 0:
             raise ValueError("costs: pushes take no time; give a time of computing, of service or on the way")
         after, n = self._used(), len(self._workers)
-        shard, worker, staleness, times = (np.array(column) for column in zip(*self._applied, strict=True))
+        shards, workers, staleness, times = (np.array(column) for column in zip(*self._applied, strict=True))
         return Trace(
-            n, len(self._shards), shard, worker, staleness, times,
+            n, len(self._shards), shards, workers, staleness, times,
             warm=place,
             rate=(pushes - warm) / seconds,
             response=self._waits / self._answers if self._answers else math.nan,
