@@ -108,15 +108,12 @@ class Node:
     Attributes:
         cores: of all that compute and serve there; one alone uses one.
         bandwidth: bytes a second to other nodes, and as many from them. Within a node messages need no link.
-        background: jobs of others that compute there all the time.
     """
 
     cores: float = 1.0
     bandwidth: float = math.inf
-    background: float = 0.0
 
     def __post_init__(self) -> None:
-        _check(background=self.background)
         for name in ("cores", "bandwidth"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be positive")
@@ -239,14 +236,14 @@ class _Clock:
 
 
 class _Shared:
-    """Processor sharing: each of n jobs goes on at the rate min(1, capacity / (n + background)).
+    """Processor sharing: each of n jobs goes on at the rate min(1, capacity / n).
 
     ``_progress`` is the work that a job would have behind it which had been there all the time, so that those there end
     in the order of the progress at which they end, and no others need be touched when one comes or goes.
     """
 
-    def __init__(self, clock: _Clock, capacity: float, background: float) -> None:
-        self._clock, self._capacity, self._background = clock, capacity, background
+    def __init__(self, clock: _Clock, capacity: float) -> None:
+        self._clock, self._capacity = clock, capacity
         self._jobs: list[tuple[float, int, Callable[[], None]]] = []
         self._progress = self._last = self._done = 0.0
         self._plan, self._numbers = 0, count()
@@ -262,7 +259,7 @@ class _Shared:
         return self._done / self._capacity
 
     def _rate(self) -> float:
-        return min(1.0, self._capacity / (len(self._jobs) + self._background))
+        return min(1.0, self._capacity / len(self._jobs))
 
     def _advance(self) -> None:
         now = self._clock.now
@@ -319,8 +316,7 @@ class _Simulation:
         self._costs, self._layout, clock = costs, layout, _Clock()
         self._clock = clock
         machines = [
-            _Machine(_Shared(clock, node.cores, node.background), node.bandwidth, _Line(clock), _Line(clock))
-            for node in layout.nodes
+            _Machine(_Shared(clock, node.cores), node.bandwidth, _Line(clock), _Line(clock)) for node in layout.nodes
         ]
         self._workers, self._shards = ([machines[i] for i in places] for places in (layout.workers, layout.shards))
         n, S = len(self._workers), len(self._shards)

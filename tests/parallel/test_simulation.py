@@ -70,8 +70,6 @@ def test_workers_of_one_node_share_its_link_and_its_cores() -> None:
     assert simulate(costs, layout, 2).seconds.tolist() == [6.5, 7.0]
     free = Layout([Node(), Node(cores=2.0, bandwidth=4.0)], [1, 1], [0])
     assert simulate(costs, free, 2).seconds.tolist() == [3.5, 4.0]
-    busy = Layout([Node(), Node(cores=2.0, bandwidth=4.0, background=2.0)], [1, 1], [0])
-    assert simulate(costs, busy, 2).seconds.tolist() == [6.5, 7.0]
 
 
 @pytest.mark.parametrize("workers", [1, 3, 8])
@@ -80,8 +78,6 @@ def test_a_core_that_does_everything_is_never_idle(workers: int) -> None:
     found = simulate(costs, Layout.one_node(workers, 1, Node()), 4000, warm=100)
     assert found.rate == pytest.approx(1 / 3.5, rel=0.03)
     assert found.use["cores of workers"] == pytest.approx(1) and found.mean_staleness == pytest.approx(workers - 1)
-    spare = simulate(costs, Layout.one_node(workers, 1, Node(cores=1.0, background=1.0)), 4000, warm=100)
-    assert spare.rate == pytest.approx(workers / (workers + 1) / 3.5, rel=0.1)
 
 
 @pytest.mark.parametrize("workers", [1, 3, 12])
@@ -209,7 +205,6 @@ def test_times_are_drawn_as_said() -> None:
         (lambda: Costs(constant(1.0), constant(1.0), latency=-1.0), "latency=-1.0"),
         (lambda: Node(cores=0), "cores=0: must be positive"),
         (lambda: Node(bandwidth=-2), "bandwidth=-2: must be positive"),
-        (lambda: Node(background=-2), "background=-2"),
         (lambda: Layout([Node()], [], [0]), "workers=.*: give the node of one"),
         (lambda: Layout([Node()], [0], [1]), "shards: not all are on nodes 0 to 0"),
         (lambda: simulate(alone(1.0, 1.0), Layout.cluster(1, 1, Node()), 5, warm=5), "warm=5: must be from 0 to .* 4"),
