@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -60,7 +61,7 @@ class Machine:
 
     Attributes:
         gradients: seconds of a core for each.
-        sending: of a core at the worker, for a push.
+        sending: of a core at the worker, for a push; that of Ray's own processes for it included.
         serving: of a core at the shard, for a push.
         fixed: what serving takes of it however few the parameters.
         latency: of a message on its way.
@@ -103,6 +104,22 @@ class Account(NamedTuple):
     staleness: float
 
 
+def seconds_of_ray() -> float:
+    """Of a core, of all processes of the Ray that this process is a worker of: those under its raylet's parent."""
+    parents, seconds = {}, {}
+    for place in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended
+            fields = place.read_text().rpartition(")")[2].split()
+            parents[int(place.parent.name)] = int(fields[1])
+            seconds[int(place.parent.name)] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def under(process: int) -> bool:
+        return process == head or (process in parents and under(parents[process]))
+
+    head = parents[os.getppid()]
+    return sum(spent for process, spent in seconds.items() if under(process))
+
+
 class Computer(Pusher):
     """A worker that computes what it pushes, on the same data each time."""
 
@@ -129,14 +146,18 @@ class Computer(Pusher):
             total += self.push(1)
         return Account(gradients, clock, time.process_time() - before, total / pushes)
 
+    def seconds_of_ray(self) -> float:
+        return seconds_of_ray()
+
 
 class Round(NamedTuple):
-    """Of some workers: what each did, pushes in all, seconds by the clock, and of the shard's process."""
+    """Of some workers: what each did, pushes in all, seconds by the clock, of the shard's process, of all of Ray's."""
 
     accounts: list[Account]
     pushes: int
     seconds: float
     served: float
+    ray: float
 
     @property
     def rate(self) -> float:
@@ -152,19 +173,22 @@ def played(server: Any, crew: Sequence[Any], pushes: int) -> Round:
     import ray
 
     ray.get([worker.push.remote(1) for worker in crew])  # parameters of the last round are old
+    spent = ray.get(crew[0].seconds_of_ray.remote())
     used, start = server.counts()[0]["cpu"], time.perf_counter()
     accounts = ray.get([worker.work.remote(pushes) for worker in crew])
     seconds = time.perf_counter() - start
-    return Round(accounts, pushes * len(crew), seconds, server.counts()[0]["cpu"] - used)
+    served = server.counts()[0]["cpu"] - used
+    return Round(accounts, pushes * len(crew), seconds, served, ray.get(crew[0].seconds_of_ray.remote()) - spent)
 
 
 def fitted(one: Round, small: Round) -> Machine:
     """From a round of one worker, and one of a worker that pushes next to nothing and computes nothing."""
     (account,) = one.accounts
     gradients, serving = account.gradients, one.served / one.pushes
-    sending = max(0.0, (account.cpu - sum(gradients)) / one.pushes)
-    slower = max(1.0, sum(account.clock) / sum(gradients))
-    on_way = 1 / one.rate - slower * (statistics.mean(gradients) + sending + serving)
+    sending = max(0.0, (max(one.ray - one.served, account.cpu) - sum(gradients)) / one.pushes)
+    work, period = statistics.mean(gradients) + sending + serving, 1 / one.rate
+    slower = max(1.0, min(sum(account.clock) / sum(gradients), period / work))
+    on_way = period - slower * work
     fixed = min(serving, small.served / small.pushes)
     return Machine(gradients, sending, serving, fixed, max(0.0, on_way / 2), slower)
 
@@ -230,7 +254,7 @@ def rounds(speech: Speech, chosen: argparse.Namespace, cores: int) -> Iterator[t
             played(least, [idle], 3)
             for _ in range(chosen.rounds):
                 pushed = played(least, [idle], 100)
-                found = {n: played(server, crew[:n], -(-chosen.pushes // n)) for n in (1, *chosen.workers)}
+                found = {n: played(server, crew[:n], -(-chosen.pushes // n)) for n in {1, *chosen.workers}}
                 yield found[1], pushed, {n: found[n] for n in chosen.workers}
         finally:
             cluster.leave()
@@ -320,7 +344,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=256, help="frames of a gradient (default: %(default)s)")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4], help="on this machine (default: 1 2 4)")
     parser.add_argument("--rounds", type=int, default=5, help="on this machine (default: %(default)s)")
-    parser.add_argument("--pushes", type=int, default=200, help="of a round (default: %(default)s)")
+    parser.add_argument("--pushes", type=int, default=100, help="of a round (default: %(default)s)")
     parser.add_argument("--gigabits", type=float, default=10.0, help="a second of a link (default: %(default)s)")
     parser.add_argument("--latency", type=float, default=0.0005, help="s of a message (default: %(default)s)")
     parser.add_argument("--most", type=int, default=4096, help="workers of the cluster (default: %(default)s)")

@@ -426,9 +426,9 @@ def test_a_cluster_is_asked_and_gradients_are_replayed(
 def test_times_are_read_off_one_worker_and_others_are_foretold(monkeypatch: pytest.MonkeyPatch) -> None:
     """Computing takes twice as long by the clock as on the core: so does the rest, but for what is on its way."""
     scale = scale_benchmark(monkeypatch)
-    account = scale.Account(gradients=[0.01, 0.03], clock=[0.02, 0.06], cpu=0.05, staleness=0.0)
-    one = scale.Round([account], pushes=2, seconds=2 * (2 * (0.02 + 0.005 + 0.01) + 0.008), served=0.02)
-    small = scale.Round([account], pushes=10, seconds=9.0, served=0.04)
+    account = scale.Account(gradients=[0.01, 0.03], clock=[0.02, 0.06], cpu=0.045, staleness=0.0)
+    one = scale.Round([account], pushes=2, seconds=2 * (2 * (0.02 + 0.005 + 0.01) + 0.008), served=0.02, ray=0.07)
+    small = scale.Round([account], pushes=10, seconds=9.0, served=0.04, ray=1.0)
     machine = scale.fitted(one, small)
     found = (machine.sending, machine.serving, machine.fixed, machine.latency, machine.slower)
     assert found == pytest.approx((0.005, 0.01, 0.004, 0.004, 2.0))
@@ -438,6 +438,9 @@ def test_times_are_read_off_one_worker_and_others_are_foretold(monkeypatch: pyte
             workers - 1, abs=0.01
         )
     assert scale.predicted(machine, 8, 16).rate == pytest.approx(1 / 0.02, rel=0.01)
+    # Nothing is on its way where the period is not even what computing would take if all of it were as slow.
+    machine = scale.fitted(one._replace(seconds=2 * 0.056), small)
+    assert (machine.latency, machine.slower) == pytest.approx((0.0, 1.6))
 
 
 def scale_benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:

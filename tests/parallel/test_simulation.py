@@ -61,6 +61,7 @@ def test_many_workers_saturate_what_is_slowest(costs: Costs, bandwidth: float, r
     assert found.rate == pytest.approx(rate, rel=1e-6)
     assert max(found.use, key=found.use.__getitem__) == busy and found.use[busy] == pytest.approx(1)
     assert found.mean_staleness == pytest.approx(39)
+    assert max(simulate(costs, Layout.cluster(40, 1, Node(bandwidth=bandwidth)), 5).use.values()) <= 1 + 1e-9
 
 
 def test_workers_of_one_node_share_its_link_and_its_cores() -> None:
