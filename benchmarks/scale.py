@@ -305,8 +305,13 @@ def replayed(machine: Machine, speech: Speech, chosen: argparse.Namespace) -> No
                 ends = ended(model, speech, trace, units, lr, Bounds(scaled=scaled))
                 age = float(trace.staleness.mean())
                 row = {"lr": lr, "workers": n, "scaled": scaled, "pushes": len(units), "staleness": age, **ends}
-                cells = [f"{ends[k]['loss']:.4f} | {ends[k]['accuracy']:.1%}" for k in ("last", "average")]
+                cells = [score(ends[name]) for name in ("last", "average")]
                 table.add(row, (f"{lr:g}", str(n), "scaled" if scaled else "plain", f"{age:.1f}", *cells))
+
+
+def score(found: dict[str, float]) -> str:
+    loss = f"{found['loss']:.4f}" if found["loss"] < 100 else "diverged"
+    return f"{loss} | {found['accuracy']:.1%}"
 
 
 def averaged(part: nn.Module, lr: float) -> torch.optim.Optimizer:
