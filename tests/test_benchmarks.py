@@ -32,6 +32,7 @@ NEEDS_SPEECH = {
     "generation",
     "iterations",
     "lattice",
+    "scale",
     "sequence",
     "sequence_step",
     "speech",
@@ -398,3 +399,51 @@ def test_what_all_workers_send_and_keep_is_what_they_were_given(monkeypatch: pyt
         left = sum(c.residue for c in workers.compressors if c is not None) / 3
         torch.testing.assert_close(sent + left, sum(g.mean(0) for g in given), rtol=0, atol=1e-5)
         assert workers.plain == 5 * 3 * 50 * 4
+
+
+@pytest.mark.speech
+def test_a_cluster_is_asked_and_gradients_are_replayed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the nominal times: of 5 ms a gradient and 2 ms at the shard, 0.5 ms of them whatever its part."""
+    scale = scale_benchmark(monkeypatch)
+    line = ["an4", "--quick", "--threads", "1", "--parts", "cluster", "replay", "--lr", "0.3"]
+    monkeypatch.setattr(sys, "argv", ["scale.py", *line, "--json", str(tmp_path / "rows.json")])
+    scale.main()
+    cluster, replayed = (json.loads((tmp_path / f"rows-{part}.json").read_text()) for part in ("cluster", "replay"))
+    assert len(capsys.readouterr().out.splitlines()) == 2 + 2 + len(cluster) + 1 + 2 + len(replayed)
+    limits = {(row["shards"], row["every"]): row["rate"][-1] for row in cluster}
+    assert limits[1, 1] == pytest.approx(500, rel=0.01) and limits[4, 1] == pytest.approx(1 / 0.000875, rel=0.01)
+    assert limits[1, 20] == pytest.approx(16 * 20 / (20 * 0.005 + 0.0005 + 0.002 + 0.001), rel=0.05)
+    assert [row["busiest"] for row in cluster[:3]] == ["shard", "shard", "cores of workers"]
+    assert [(row["workers"], row["scaled"]) for row in replayed] == [(1, False), (4, False), (4, True)]
+    assert replayed[0]["staleness"] == 0 and replayed[1]["staleness"] > 2
+    assert replayed[0]["last"]["loss"] < 1.1
+    assert len({row["last"]["loss"] for row in replayed}) == 3
+
+
+@pytest.mark.speech
+def test_times_are_read_off_one_worker_and_others_are_foretold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Computing takes twice as long by the clock as on the core: so does the rest, but for what is on its way."""
+    scale = scale_benchmark(monkeypatch)
+    account = scale.Account(gradients=[0.01, 0.03], clock=[0.02, 0.06], cpu=0.045, staleness=0.0)
+    one = scale.Round([account], pushes=2, seconds=2 * (2 * (0.02 + 0.005 + 0.01) + 0.008), served=0.02, ray=0.07)
+    small = scale.Round([account], pushes=10, seconds=9.0, served=0.04, ray=1.0)
+    machine = scale.fitted(one, small)
+    found = (machine.sending, machine.serving, machine.fixed, machine.latency, machine.slower)
+    assert found == pytest.approx((0.005, 0.01, 0.004, 0.004, 2.0))
+    for workers, rate in ((1, one.rate), (8, 1 / 0.07)):
+        trace = scale.predicted(machine, workers, 1)
+        assert trace.rate == pytest.approx(rate, rel=0.03) and trace.mean_staleness == pytest.approx(
+            workers - 1, abs=0.01
+        )
+    assert scale.predicted(machine, 8, 16).rate == pytest.approx(1 / 0.02, rel=0.01)
+    # Nothing is on its way where the period is not even what computing would take if all of it were as slow.
+    machine = scale.fitted(one._replace(seconds=2 * 0.056), small)
+    assert (machine.latency, machine.slower) == pytest.approx((0.0, 1.6))
+
+
+def scale_benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    pytest.importorskip("kaldifst", reason="needs the speech extra")
+    return importlib.import_module("scale")

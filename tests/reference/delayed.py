@@ -71,14 +71,16 @@ def averaged_sgd(
     scaled: bool = False,
     bound: int | None = None,
     clip: float | None = None,
+    begun: Sequence[int] = (),
 ) -> Averaged:
     """Workers send sums of gradients along plain steps of their own; the server steps by its own clock.
 
     A sum older than ``bound`` pushes is computed again at what the server has then. ``scaled`` divides a step by the
     age of its sum, where that is more than one (Zhang et al., 2016). Sums longer than ``clip`` are shortened to it.
+    Workers that have ``begun`` have pulled before anybody has pushed.
     """
     theta, total, t = theta.copy(), np.zeros_like(theta), 0
-    at: dict[int, tuple[np.ndarray, int]] = {}
+    at: dict[int, tuple[np.ndarray, int]] = dict.fromkeys(begun, (theta, t))
     ages = []
     for unit, worker in enumerate(order):
         x, clock = at.get(worker) or (theta, t)
