@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-pytest.importorskip("ray", reason="asynchronous training needs ray: pip install 'quadric[async]'")
+if find_spec("ray") is None:  # which is not imported here: quadric does, asking for tokens
+    pytest.skip("asynchronous training needs ray: pip install 'quadric[async]'", allow_module_level=True)
 
 TESTS = Path(__file__).resolve().parents[1]
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(240)]
@@ -152,7 +155,8 @@ def test_a_shard_is_killed_and_what_was_lost_is_done_again(start: Callable[..., 
     once_each(job, end)
     assert [count["life"] for count in job.counts] == [1, 2]
     lost = max(told.get("lost", 0) for told in job.said)
-    assert f"shard 1 was started again: {lost} pushes were lost" in job.news() and 0 < lost <= end["units"]
+    told = [int(number) for number in re.findall(r"shard 1 was started again: (\d+) pushes were lost", job.news())]
+    assert sum(told) == lost and 0 < lost <= end["units"]
     assert job.counts[0]["duplicate"] >= lost, "the shard that lived has what was done again already"
     assert end["best"]["accuracy"] > 0.7
 
@@ -260,7 +264,7 @@ def test_workers_of_their_own_parameters_train(start: Callable[..., Job]) -> Non
 def test_a_cluster_is_refused_without_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from quadric.parallel.cluster import Cluster
 
-    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("RAY_ADDRESS", "192.0.2.17:6379")

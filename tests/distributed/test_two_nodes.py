@@ -9,11 +9,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-pytest.importorskip("ray", reason="asynchronous training needs ray: pip install 'quadric[async]'")
+if find_spec("ray") is None:
+    pytest.skip("asynchronous training needs ray: pip install 'quadric[async]'", allow_module_level=True)
 
 TESTS = Path(__file__).resolve().parents[1]
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(240)]
