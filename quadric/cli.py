@@ -33,6 +33,7 @@ try:
     from quadric.train.decode import check_output, decode_directory
     from quadric.train.directory import align_directory, lattice_directory
     from quadric.train.finished import report
+    from quadric.train.method import TRAININGS
     from quadric.train.overrides import absent_options, convert, options, override
     from quadric.train.pipeline import Result, run
     from quadric.train.recipe import PAPER_NETWORKS, Job
@@ -301,8 +302,8 @@ def _asynchronously(chosen: argparse.Namespace) -> list[str]:
         if chosen.workers is not None:
             raise ValueError(f"--workers {chosen.workers}: is of asynchronous training; give --async as well")
         return []
-    others = ("first_order", "block_diagonal", "hessian_free", "natural_gradient", "nghf")
-    return [*(f"{name}=none" for name in others), "averaged.epochs=1", f"asynchronous.workers={chosen.workers or 2}"]
+    others = (f"{name}=none" for name in TRAININGS if name != "averaged")
+    return [*others, "averaged.epochs=1", f"asynchronous.workers={chosen.workers or 2}"]
 
 
 def _train_on(communicator: Communicator, chosen: argparse.Namespace) -> None:

@@ -29,6 +29,7 @@ from quadric.parallel.engine import check_mode, forget_token, ray, stay_on_loopb
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """Ray's switch for nodes that stay on the loopback interface, named after the systems where that is the default."""
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+_VARIABLES = (*LOOPBACK, *QUIET, "RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")
 TOKEN_SECONDS, START_SECONDS, IDLE_SECONDS = 15.0, 60.0, 900.0
 _ABOUT, _TOKEN, _ALIVE = "ray.json", "token", "alive"
 
@@ -92,8 +93,10 @@ class Cluster:
         self._left.set()
         if self.own:
             _end(self._folder)
-        os.environ.clear()
-        os.environ.update(self._before)
+        for name in _VARIABLES:  # those that joining has changed, as they were
+            os.environ.pop(name, None)
+            if name in self._before:
+                os.environ[name] = self._before[name]
 
     def _keep(self) -> None:
         """Says that somebody still wants the Ray that was started here, which ends without that."""

@@ -5,7 +5,6 @@ They are detached and have names: a driver that is started again finds them.
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,10 +22,8 @@ from quadric.parallel.engine import ActorUnavailableError, RayError, RayTaskErro
 from quadric.parallel.exchange import Answer, Push
 from quadric.parallel.partition import hollow, partition
 from quadric.parallel.shard import Bounds, Rule, Shard, begin
-from quadric.parallel.worker import Link
+from quadric.parallel.worker import Link, assign
 from quadric.space import ParameterSpace
-
-logger = logging.getLogger(__name__)
 
 
 class ParameterServer:
@@ -84,12 +81,9 @@ class ParameterServer:
         """What the rule is to be judged by: the average, where it keeps one."""
         return torch.cat([torch.from_numpy(part.copy()) for part in self._ask("average")])
 
-    @torch.no_grad()
     def load_into(self, model: nn.Module) -> None:
         """Gives a model the parameters that the rule is to be judged by."""
-        space = ParameterSpace(model)
-        for parameter, part in zip(space.parameters, space.split(self.theta().to(space.device)), strict=True):
-            parameter.copy_(part)
+        assign(ParameterSpace(model), self.theta())
 
     def applied(self) -> list[Tensor]:
         """Of each shard, which units it has applied."""

@@ -288,9 +288,7 @@ class Worker:
         return torch.cat([torch.from_numpy(answer.theta.copy()) for answer in self._answers]).to(self.space.device)
 
     def _load(self) -> None:
-        with torch.no_grad():
-            for parameter, part in zip(self.space.parameters, self.space.split(self._theirs()), strict=True):
-                parameter.copy_(part)
+        assign(self.space, self._theirs())
 
     def _send(self, unit: int, vector: Flat) -> tuple[list[Verdict], int, int]:
         """Sends each shard its part; the verdicts, the largest staleness, and the bytes."""
@@ -320,6 +318,13 @@ class Worker:
 
     def _compressed(self, place: int, part: Flat) -> Vector | Message:
         return part.numpy() if not self.compressors else self.compressors[place].compress(part)
+
+
+@torch.no_grad()
+def assign(space: ParameterSpace, theta: Flat) -> None:
+    """Gives the parameters of ``space`` these values."""
+    for parameter, part in zip(space.parameters, space.split(theta.to(space.device)), strict=True):
+        parameter.copy_(part)
 
 
 def _gradients(space: ParameterSpace) -> list[Tensor]:

@@ -371,6 +371,17 @@ def settled(
     return replace(method, **found) if found else method
 
 
-def named(*methods: Method | None) -> dict[str, Method]:
-    """Those that are not None, by their names."""
-    return {method.name: method for method in methods if method is not None}
+TRAININGS = ("first_order", "block_diagonal", "averaged", "hessian_free", "natural_gradient", "nghf")
+"""The options of a job that are a `Method` each, or None."""
+
+
+def compared(job: object) -> dict[str, Method]:
+    """The trainings of a job that are not left out, by their names.
+
+    Raises:
+        ValueError: all are.
+    """
+    methods = [method for option in TRAININGS if (method := getattr(job, option)) is not None]
+    if not methods:
+        raise ValueError(f"{', '.join(TRAININGS)} are all none: leave one in at least")
+    return {method.name: method for method in methods}

@@ -21,7 +21,7 @@ from quadric.train.asynchronous import Asynchronous, check_methods
 from quadric.train.averaged_method import AveragedSGDMethod
 from quadric.train.block_method import BlockDiagonalMethod
 from quadric.train.criterion import SequenceTraining
-from quadric.train.method import NGHF, FirstOrder, HessianFree, Method, NaturalGradient, named
+from quadric.train.method import NGHF, FirstOrder, HessianFree, Method, NaturalGradient, compared
 from quadric.train.rules import ALL_FINITE, ALL_POSITIVE, NOT_NEGATIVE, POSITIVE, WINDOW, check, check_name
 from quadric.train.sources import Source
 
@@ -234,11 +234,6 @@ class Job:
                 f"speeds={self.speeds}: must hold 1.0, the speed alignments start from, and each speed once"
             )
         check_name(self.name)
-        if not self.methods:
-            raise ValueError(
-                "first_order, block_diagonal, averaged, hessian_free, natural_gradient, nghf are all none: "
-                "leave one in at least"
-            )
         check_methods(self.asynchronous, self.methods)
         if self.sequence is not None and self.sequence.start not in (None, *self.methods):
             raise ValueError(
@@ -248,11 +243,4 @@ class Job:
     @property
     def methods(self) -> dict[str, Method]:
         """The trainings that are not left out, by name."""
-        return named(
-            self.first_order,
-            self.block_diagonal,
-            self.averaged,
-            self.hessian_free,
-            self.natural_gradient,
-            self.nghf,
-        )
+        return compared(self)

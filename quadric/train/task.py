@@ -24,7 +24,7 @@ from quadric.model.vision import VGG16, ResNet, autoencoder
 from quadric.train.asynchronous import Asynchronous, check_methods
 from quadric.train.averaged_method import AveragedSGDMethod
 from quadric.train.block_method import BlockDiagonalMethod
-from quadric.train.method import NGHF, FirstOrder, HessianFree, Method, NaturalGradient, named
+from quadric.train.method import NGHF, FirstOrder, HessianFree, Method, NaturalGradient, compared
 from quadric.train.rules import NOT_NEGATIVE, POSITIVE, SHARE, check, check_name, one_of
 
 VALIDATION = 5000
@@ -214,11 +214,6 @@ class TaskJob:
     def __post_init__(self) -> None:
         check(self, seed=NOT_NEGATIVE, evaluations=POSITIVE)
         check_name(self.name)
-        if not self.methods:
-            raise ValueError(
-                "first_order, block_diagonal, averaged, hessian_free, natural_gradient, nghf are all none: "
-                "leave one in at least"
-            )
         check_methods(self.asynchronous, self.methods)
         if self.device != "auto":
             try:
@@ -233,14 +228,7 @@ class TaskJob:
     @property
     def methods(self) -> dict[str, Method]:
         """The trainings that are not left out, by name."""
-        return named(
-            self.first_order,
-            self.block_diagonal,
-            self.averaged,
-            self.hessian_free,
-            self.natural_gradient,
-            self.nghf,
-        )
+        return compared(self)
 
     @property
     def place(self) -> torch.device:
