@@ -71,7 +71,7 @@ class Pusher:
     """A worker that only pushes."""
 
     def __init__(self, shards: Sequence[Any], sizes: Sequence[int], number: int) -> None:
-        from quadric.parallel.parameter_server import ActorLink
+        from quadric.parallel.actors import ActorLink
 
         self.link, self.number, self.sequence = ActorLink(shards), number, 0
         self.gradients = [np.ones(size, np.float32) for size in sizes]

@@ -77,8 +77,9 @@ def data(rows: int) -> tuple[Tensor, Tensor]:
 def drive(folder: Path, parameters: int, rows: int) -> None:
     """The driver: tells what it knows, a line of JSON each, until it is killed or everything is done."""
     Cluster(folder, cpus=WORKERS)  # that of the process that watches
-    from quadric.parallel.crew import Crew, Work
+    from quadric.parallel.crew import Crew
     from quadric.parallel.parameter_server import ParameterServer
+    from quadric.parallel.worker_actor import Work
 
     model, (inputs, classes) = network(parameters), data(rows)
     units = Units(ExampleStream(inputs, classes), frames=BATCH)

@@ -16,7 +16,9 @@ DISTRIBUTED = ("torch.distributed", "torch.nn.parallel", "torch.utils.data.distr
 PARAMETER_NAMES = {"weight", "bias", "data"}
 PARAMETER_LISTS = {"parameters", "named_parameters", "params", "param_groups"}
 
-PROCESSES = ("parallel/engine.py", "parallel/cluster.py", "parallel/crew.py", "parallel/parameter_server.py")
+PROCESSES = tuple(
+    f"parallel/{name}.py" for name in ("actors", "cluster", "crew", "engine", "parameter_server", "worker_actor")
+)
 """They start processes, configure them by their environment, and wait for them."""
 
 Violations = Iterator[tuple[int, str]]

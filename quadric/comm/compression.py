@@ -330,9 +330,7 @@ class LowRank(Compressor):
         if not shapes:
             raise ValueError("shapes is empty: give those of the tensors that make up the vector")
         generator = torch.Generator().manual_seed(seed)
-        self.matrices = [
-            (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape)) for shape in shapes
-        ]
+        self.matrices = [_matrix(shape) for shape in shapes]
         self._length = sum(rows * columns for rows, columns in self.matrices)
         ranks = [min(rank, *matrix) for matrix in self.matrices]
         self.ranks = [

@@ -7,13 +7,14 @@ torch has others, in ``torch.distributed.algorithms.ddp_comm_hooks``, which need
 (low rank, with error feedback), ``fp16_compress_hook`` and ``bf16_compress_hook`` (without).
 
 Every hook leaves the same gradient on all ranks, to the bit. A gradient that is not finite on one rank comes out not
-finite on all, and that rank's residue stays as it was. Residues belong to parameters, so they outlive DDP's new
-division into buckets after the first backward pass. They differ from rank to rank: each saves the `state_dict` of its
-own.
+finite on all, and the residues of its bucket stay as they were on all, as if there had been no such step. Residues
+belong to parameters, so they outlive DDP's new division into buckets after the first backward pass. They differ from
+rank to rank: each saves the `state_dict` of its own.
 """
 
 # No postponed annotations: DDP refuses a hook whose annotations are strings.
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Generic, TypeVar
@@ -74,6 +75,10 @@ class HookState(ABC, Generic[C]):
             raise ValueError(f"parameters of shapes {unknown}: build the state with all parameters that DDP trains")
         gradients = bucket.buffer().split([p.numel() for p in parameters])
         return [(self.compressors[p], gradient) for p, gradient in zip(parameters, gradients, strict=True)]
+
+    def undo(self, bucket: Sequence[Tensor], before: Sequence[C]) -> None:
+        """Puts back the compressors of a bucket's parameters, as shallow copies had them before."""
+        self.compressors.update(zip(bucket, before, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         """The residues of this rank, in the order of the parameters."""
@@ -164,6 +169,7 @@ def adacomp_hook(state: AdaCompState, bucket: dist.GradBucket) -> Future[Tensor]
     filled up to the longest.
     """
     buffer, size, parts = bucket.buffer(), state.size, state.parts(bucket)
+    parameters, before = bucket.parameters(), [copy.copy(compressor) for compressor, _ in parts]
     sent = np.concatenate([compressor.compress(gradient).to_bytes() for compressor, gradient in parts])  # type: ignore[attr-defined]
     lengths = [torch.zeros(1, dtype=torch.int64, device=buffer.device) for _ in range(size)]
     dist.all_gather(lengths, torch.tensor([len(sent)], device=buffer.device), group=state.group)
@@ -186,6 +192,7 @@ def adacomp_hook(state: AdaCompState, bucket: dist.GradBucket) -> Future[Tensor]
                     signs.add_to(place, 1 / size)
                 else:
                     place.fill_(torch.nan)
+                    state.undo(parameters, before)
         return buffer.copy_(total)
 
     return work.get_future().then(mean)
@@ -201,6 +208,7 @@ def scalecom_hook(state: ScaleComState, bucket: dist.GradBucket) -> Future[Tenso
     the leader's indices, not for the sum.
     """
     buffer, parts = bucket.buffer(), state.parts(bucket)
+    parameters, before = bucket.parameters(), [copy.copy(compressor) for compressor, _ in parts]
     sizes = [len(gradient) for _, gradient in parts]
     leader = state.step % state.size
     total = torch.cat([compressor.total(gradient) for compressor, gradient in parts])
@@ -220,6 +228,8 @@ def scalecom_hook(state: ScaleComState, bucket: dist.GradBucket) -> Future[Tenso
 
     def mean(future: Future[Any]) -> Tensor:
         future.value()
+        if not bool(values.isfinite().all()):
+            state.undo(parameters, before)
         buffer.zero_()
         buffer[indices] = (values / state.size).to(buffer.dtype)
         return buffer

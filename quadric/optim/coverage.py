@@ -26,6 +26,7 @@ class Coverage:
         matrices: how many of what size.
         why: what the layer is, and where the block is not of the method's first choice, the reason.
         bytes: of statistics and inverses.
+        of_calls: whether the statistics are of calls of the layer's module; without them another block takes its place.
     """
 
     parameters: tuple[str, ...]
@@ -33,6 +34,7 @@ class Coverage:
     matrices: str
     why: str
     bytes: int
+    of_calls: bool
 
     def __str__(self) -> str:
         return f"{', '.join(self.parameters)}: {self.block}, {self.matrices} ({self.why})"
@@ -49,6 +51,7 @@ def coverage_of(model: nn.Module, blocks: Sequence[Block]) -> tuple[Coverage, ..
             f"{type(block.layer.module).__name__}: {block.layer.kind.value}"
             + (f"; {block.reason}" if block.reason else ""),
             _bytes(block),
+            block.wants_calls,
         )
         for block in blocks
     )

@@ -40,7 +40,8 @@ class Cluster:
     Args:
         folder: of the training: a driver that was killed finds there the Ray that it has left behind.
         cpus: of a Ray that is started here.
-        memory: bytes of its object store; parameters and gradients on their way lie there.
+        memory: bytes of its object store, where the data and all that is on its way lies; None: Ray's own measure, 30 %
+            of the machine's, of which only what is used is taken.
 
     Attributes:
         own: whether it is a Ray that was started for this training.
@@ -51,7 +52,7 @@ class Cluster:
         RuntimeError: Ray does not start, or cannot be reached.
     """
 
-    def __init__(self, folder: Path, *, cpus: int, memory: int = 2**30) -> None:
+    def __init__(self, folder: Path, *, cpus: int, memory: int | None = None) -> None:
         check_mode()
         self._folder = folder.resolve()
         self._before = dict(os.environ)
@@ -108,7 +109,7 @@ class Cluster:
 _NAMESPACE = "quadric"
 
 
-def _start(folder: Path, cpus: int, memory: int) -> str:
+def _start(folder: Path, cpus: int, memory: int | None) -> str:
     """The address of the Ray of ``folder``, started if it is not running."""
     folder.mkdir(parents=True, exist_ok=True)
     token = folder / _TOKEN
@@ -120,7 +121,7 @@ def _start(folder: Path, cpus: int, memory: int) -> str:
         (folder / _ALIVE).touch()
         environment = {**os.environ, **_environment(token), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         with (folder / "ray.log").open("ab") as log:
-            command = [sys.executable, "-m", "quadric.parallel.cluster", str(folder), str(cpus), str(memory)]
+            command = [sys.executable, "-m", "quadric.parallel.cluster", str(folder), str(cpus), str(memory or 0)]
             head = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         try:
             about = _awaited(folder, head)
@@ -234,7 +235,7 @@ def _serve(folder: Path, cpus: int, memory: int) -> None:
             num_cpus=cpus,
             num_gpus=None,
             include_dashboard=False,
-            object_store_memory=memory,
+            object_store_memory=memory or None,
             log_to_driver=False,
             logging_level=logging.ERROR,
             _node_ip_address="127.0.0.1",

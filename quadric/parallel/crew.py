@@ -6,26 +6,21 @@ that die; whatever dies, it asks the shards, and deals out what is missing.
 
 from __future__ import annotations
 
-import copy
-import math
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from quadric.comm.compression import Compressor
-from quadric.loss.loss import Loss
+from quadric.parallel.actors import got
 from quadric.parallel.engine import RayError, ray
 from quadric.parallel.exchange import Verdict
 from quadric.parallel.ledger import Ledger
-from quadric.parallel.parameter_server import ActorLink, ParameterServer, got
-from quadric.parallel.units import Units
-from quadric.parallel.worker import Gradients, Report, Strategy, Worker
-from quadric.space import ParameterSpace
+from quadric.parallel.parameter_server import ParameterServer
+from quadric.parallel.worker import Report
+from quadric.parallel.worker_actor import Done, Work, WorkerActor
 
 SAVE_SECONDS = 30.0
 """Between two checkpoints of the shards: what was pushed since the last is lost where a shard dies, and done again."""
@@ -35,79 +30,10 @@ OVERDUE_SECONDS, OVERDUE_LEASES = 5.0, 3.0
 """What a worker has not done for as long, and as many of the longest leases, others do as well when they are idle."""
 SILENT_SECONDS = 60.0
 """Without any report for as long, a person is told."""
+ROOM_SECONDS = 15.0
+"""A person is told of workers that have not begun by then."""
 HOPELESS = 5
 """As many processes of one worker may die in a row without having settled one unit."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """What every worker needs.
-
-    Attributes:
-        model, loss, units, strategy, clip, autocast, seed: as in `Worker`.
-        compressor: makes that of a shard, from the shapes of its parameters.
-    """
-
-    model: nn.Module
-    loss: Loss
-    units: Units
-    strategy: Strategy = field(default_factory=Gradients)
-    clip: float | None = None
-    compressor: Callable[[Sequence[torch.Size]], Compressor] | None = None
-    autocast: torch.dtype | None = None
-    seed: int = 0
-
-
-class Done(NamedTuple):
-    """Of a lease: a report of each unit, and the running statistics of the worker's model."""
-
-    reports: list[Report]
-    buffers: list[Tensor]
-    seconds: float
-
-
-@ray.remote
-class _WorkerActor:
-    """A `Worker` in a process of its own."""
-
-    def __init__(self, work: Work, shards: Sequence[Any], sizes: Sequence[int], number: int, incarnation: int) -> None:
-        torch.set_num_threads(1)
-        compressors = None
-        if work.compressor is not None:
-            compressors = [work.compressor(shapes) for shapes in _shapes(work.model, sizes)]
-        self._worker = Worker(
-            copy.deepcopy(work.model),
-            work.loss,
-            work.units,
-            ActorLink(shards),
-            sizes,
-            strategy=copy.deepcopy(work.strategy),
-            number=number,
-            incarnation=incarnation,
-            clip=work.clip,
-            compressors=compressors,
-            autocast=work.autocast,
-            seed=work.seed,
-        )
-
-    def ready(self) -> int:
-        return os.getpid()
-
-    def do(self, units: Sequence[int]) -> Done:
-        start = time.monotonic()
-        reports = [self._worker.do(unit) for unit in units]
-        return Done(reports, [b.clone() for b in self._worker.model.buffers()], time.monotonic() - start)
-
-
-def _shapes(model: nn.Module, sizes: Sequence[int]) -> list[list[torch.Size]]:
-    """Of each shard, those of its parameters."""
-    left = [p.shape for p in ParameterSpace(model).parameters]
-    found: list[list[torch.Size]] = []
-    for size in sizes:
-        found.append([])
-        while sum(map(math.prod, found[-1])) < size:
-            found[-1].append(left.pop(0))
-    return found
 
 
 @dataclass
@@ -115,7 +41,6 @@ class Hand:
     """A worker as its driver knows it; without a ``pid`` it has not begun."""
 
     actor: Any
-    incarnation: int
     pid: int | None = None
     dropped: bool = False
     lease: int = 1
@@ -139,15 +64,25 @@ class Crew:
         work: what a worker needs.
         workers: how many. Those for which the cluster has no room yet join when it has.
         alone: units that the first worker does before the others begin (a warm start).
-        cpus: of the cluster that a worker takes.
+        cpus, gpus: of the cluster that a worker takes.
     """
 
-    def __init__(self, server: ParameterServer, work: Work, workers: int, *, alone: int = 0, cpus: float = 1.0) -> None:
+    def __init__(
+        self,
+        server: ParameterServer,
+        work: Work,
+        workers: int,
+        *,
+        alone: int = 0,
+        cpus: float = 1.0,
+        gpus: float = 0.0,
+    ) -> None:
         if workers < 1:
             raise ValueError(f"workers={workers}: give one at least")
-        self._server, self._alone, self._cpus = server, alone, cpus
+        self._server, self._alone, self._takes = server, alone, {"num_cpus": cpus, "num_gpus": gpus}
         self._warming: Hand | None = None
         self._work = ray.put(work)
+        self.hands = {number: self._hire(number) for number in range(workers)}  # they start while the shards do
         counts = server.counts()
         # Later than all that a driver before has started, also those whose pushes are still on their way.
         self._incarnation = max(1 + max(count["incarnation"] for count in counts), int(time.time()))
@@ -156,9 +91,11 @@ class Crew:
         self._saved = time.monotonic()
         self._saving: list[Any] = []
         self._longest = 0.0
-        self._heard = time.monotonic()
+        self._heard = self._hired = time.monotonic()
+        self._told_of_room = False
         self.lost = 0
-        self.hands = {number: self._hire(number) for number in range(workers)}
+        for hand in self.hands.values():
+            self._begin(hand)
 
     def run(self) -> Iterator[Tick]:
         """Works until every shard has applied every unit; a tick at least every half second.
@@ -180,12 +117,9 @@ class Crew:
             if reports:
                 self._heard = time.monotonic()
             elif time.monotonic() - self._heard > SILENT_SECONDS:
-                absent = [number for number, hand in self.hands.items() if hand.pid is None]
-                rest = f"; the cluster has no room yet for workers {absent}" if absent else ""
-                news.append(
-                    f"no worker has reported for {SILENT_SECONDS:.0f} s, they or the shards may be stopped{rest}"
-                )
+                news.append(f"no worker has reported for {SILENT_SECONDS:.0f} s, they or the shards may be stopped")
                 self._heard = time.monotonic()
+            news += self._absent()
             news += self._save()
             yield Tick(reports, news)
 
@@ -196,18 +130,34 @@ class Crew:
             torch.stack(each).mean(0) if each[0].is_floating_point() else each[0] for each in zip(*known, strict=True)
         ]
 
+    def _absent(self) -> list[str]:
+        """Says once which workers have not begun for long."""
+        absent = [number for number, hand in self.hands.items() if hand.pid is None]
+        if self._told_of_room or not absent or time.monotonic() - self._hired < ROOM_SECONDS:
+            return []
+        self._told_of_room = True
+        there = ray.cluster_resources()
+        takes = " and ".join(
+            f"{self._takes[name]:g} of {there.get(kind, 0):g} {kind}s"
+            for name, kind in (("num_cpus", "CPU"), ("num_gpus", "GPU"))
+            if self._takes[name]
+        )
+        rest = f": each takes {takes} of the cluster; they join when there is room" if takes else ""
+        return [f"workers {absent} have not begun after {ROOM_SECONDS:.0f} s{rest}"]
+
     def end(self) -> None:
         """Ends the workers."""
         for hand in self.hands.values():
             ray.kill(hand.actor, no_restart=True)
 
     def _hire(self, number: int) -> Hand:
-        given = (self._server.shards, self._server.sizes, number, self._incarnation)
-        actor = _WorkerActor.options(num_cpus=self._cpus).remote(self._work, *given)  # type: ignore[attr-defined]
-        hand = Hand(actor, self._incarnation)
-        hand.pending[actor.ready.remote()] = []
+        given = (self._server.shards, self._server.sizes, number)
+        actor = WorkerActor.options(**self._takes).remote(self._work, *given)  # type: ignore[attr-defined]
+        return Hand(actor)
+
+    def _begin(self, hand: Hand) -> None:
+        hand.pending[hand.actor.begin.remote(self._incarnation)] = []
         self._incarnation += 1
-        return hand
 
     def _deal(self) -> None:
         """Gives each worker what it does and what it does next."""
@@ -228,7 +178,8 @@ class Crew:
     def _first(self, ready: Hand, now: float, overdue: float) -> Hand:
         """Who works alone: the worker that was the first to be there, while it lives and reports."""
         first = self._warming
-        if first is None or first not in self.hands.values() or first.dropped or now - self._heard > overdue:
+        there = first is not None and first in self.hands.values() and not first.dropped
+        if first is None or not there or (ready is not first and now - self._heard > overdue):
             self._warming, self._heard = ready, now
             return ready
         return first
@@ -285,6 +236,7 @@ class Crew:
             raise RuntimeError(f"worker {number} died {HOPELESS} times without having done anything: {error}")
         self.hands[number] = self._hire(number)
         self.hands[number].deaths = old.deaths + 1
+        self._begin(self.hands[number])
         news.append(f"worker {number} died: another takes its place, {len(back)} of its units wait again")
 
     def _swept(self, shards: Sequence[int] | range) -> list[str]:

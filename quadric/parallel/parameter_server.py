@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from quadric.parallel.engine import ActorUnavailableError, RayError, RayTaskError, ray
+from quadric.parallel.actors import heard
+from quadric.parallel.engine import ray
 from quadric.parallel.exchange import Answer, Push
 from quadric.parallel.partition import hollow, partition
 from quadric.parallel.shard import Bounds, Rule, Shard, begin
-from quadric.parallel.worker import Link, assign
+from quadric.parallel.worker import assign
 from quadric.space import ParameterSpace
 
 
@@ -60,9 +61,6 @@ class ParameterServer:
         schedule: Callable[[Optimizer], LRScheduler] | None = None,
         bounds: Bounds = Bounds(),
     ) -> None:
-        space = ParameterSpace(model)
-        if space.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"model has parameters of {space.dtype}: a server holds torch.float32 or torch.float64")
         parts = partition(model, shards)
         self.sizes = [ParameterSpace(part).size for part in parts]
         self.shards = []
@@ -75,7 +73,6 @@ class ParameterServer:
                 max_restarts=-1, max_task_retries=-1,
             )  # fmt: skip
             self.shards.append(actor.remote(hollow(part), rule, options))
-        self._ask("ready")
 
     def theta(self) -> Float[Tensor, " n"]:
         """What the rule is to be judged by: the average, where it keeps one."""
@@ -103,7 +100,7 @@ class ParameterServer:
             ray.kill(shard, no_restart=True)
 
     def _ask(self, what: str) -> list[Any]:
-        return [_heard(call) for call in [partial(getattr(shard, what).remote) for shard in self.shards]]
+        return [heard(call) for call in [partial(getattr(shard, what).remote) for shard in self.shards]]
 
 
 @ray.remote
@@ -112,9 +109,6 @@ class _ShardActor:
 
     def __init__(self, part: nn.Module, rule: Rule, options: dict[str, Any]) -> None:
         self._shard = Shard(part, rule, **options)
-
-    def ready(self) -> bool:
-        return True
 
     def pull(self) -> Answer:
         return self._shard.pull()
@@ -133,54 +127,3 @@ class _ShardActor:
 
     def save(self) -> int:
         return self._shard.save()
-
-
-def _heard(call: Callable[[], Any], *, seconds: float = 300.0) -> Any:
-    """The answer of an actor that may be about to be started again."""
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            return got(call())
-        except ActorUnavailableError as error:
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"a shard has not come back in {seconds:.0f} s: {error}") from error
-            time.sleep(0.05)
-        except RayError as error:
-            raise RuntimeError(f"a shard is lost: {error}") from error
-
-
-def got(answer: Any) -> Any:
-    """What an actor has answered.
-
-    Raises:
-        ValueError: what it was given was faulty, as it says.
-        RuntimeError: it failed in another way.
-    """
-    try:
-        return ray.get(answer)
-    except RayTaskError as error:
-        if isinstance(error.cause, ValueError):
-            raise ValueError(str(error.cause)) from error
-        raise RuntimeError(f"{error.function_name} failed ({type(error.cause).__name__}: {error.cause})") from error
-
-
-class ActorLink(Link):
-    """The way to shards that are actors: all at once, and again where one is started anew."""
-
-    def __init__(self, shards: Sequence[Any]) -> None:
-        self._shards = shards
-
-    def pull(self) -> list[Answer]:
-        return self._all([shard.pull.remote for shard in self._shards])
-
-    def push(self, pushes: Sequence[Push]) -> list[Answer]:
-        return self._all([partial(s.push.remote, push) for s, push in zip(self._shards, pushes, strict=True)])
-
-    def _all(self, calls: Sequence[Callable[[], Any]]) -> list[Answer]:
-        answers = []
-        for call, made in [(call, call()) for call in calls]:
-            try:
-                answers.append(got(made))
-            except ActorUnavailableError:
-                answers.append(_heard(call))
-        return answers

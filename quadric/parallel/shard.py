@@ -68,16 +68,19 @@ def begin(part: nn.Module, folder: Path, *, units: int = 0) -> bool:
         units: of data that the whole training has: a push is of one of them, or of none.
 
     Raises:
-        ValueError: there is one, of another number of parameters or units, or another type.
+        ValueError: there is one, of another number of parameters or units, or another type; the parameters are neither
+            float32 nor float64.
     """
     space = ParameterSpace(part)
+    if space.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"part has parameters of {space.dtype}: a shard holds torch.float32 or torch.float64")
     try:
         _load(folder, space, units)
     except FileNotFoundError:
         nothing: dict[str, Any] = {"optimizer": None, "scheduler": None, "clock": 0, "life": 0}
         counts: dict[str, Any] = {"last": [], "bad": {}, "verdicts": {}, "staleness": {}}
         applied = torch.zeros(units, dtype=torch.bool)
-        checkpoint.save({"theta": space.point(), "applied": applied, **nothing, **counts}, folder, Solo())
+        checkpoint.save({"theta": space.point().cpu(), "applied": applied, **nothing, **counts}, folder, Solo())
         return True
     return False
 
@@ -115,7 +118,7 @@ class Shard:
 
     Raises:
         FileNotFoundError: there is no checkpoint.
-        ValueError: it is of another training, or the parameters are neither float32 nor float64.
+        ValueError: it is of another training.
     """
 
     def __init__(
@@ -128,8 +131,6 @@ class Shard:
         bounds: Bounds = Bounds(),
     ) -> None:
         space = ParameterSpace(part)
-        if space.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"part has parameters of {space.dtype}: a shard holds torch.float32 or torch.float64")
         self._space, self._folder, self._bounds = space, folder, bounds
         state = _load(folder, space)
         self._theta: Tensor = state["theta"]

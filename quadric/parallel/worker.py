@@ -162,7 +162,8 @@ class OuterSteps(Local):
     """Local steps, whose sum is a gradient to the server (DiLoCo; Douillard et al., 2023), asynchronous.
 
     A worker moves from theta to theta_H by a step for each minibatch of a unit and sends theta - theta_H. The server's
-    rule is Nesterov's momentum.
+    rule is Nesterov's momentum. DiLoCo's workers wait for each other, and the server steps along their mean; here it
+    steps along each as it comes, so that N workers move it N times as far: give a smaller rate with more of them.
     """
 
     def run(self, worker: Worker, unit: int) -> tuple[Flat, float]:

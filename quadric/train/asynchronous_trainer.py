@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import secrets
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from torch import nn
 from quadric.data.examples import Stream
 from quadric.loss.loss import Loss
 from quadric.optim.averaged import train_mode
+from quadric.optim.block_diagonal import BlockDiagonal
 from quadric.parallel.exchange import Verdict
 from quadric.parallel.shard import Rule
 from quadric.parallel.units import Units
@@ -89,7 +91,9 @@ class AsynchronousTrainer:
             self.units.fingerprint(), self._space.names, asynchronous_key(options), method, repr(loss), autocast, seed
         )
         counts = {"looks": 0, "update": 0, "stale": 0, "lost": 0, "seconds": 0.0, "best": math.inf}
-        self._state: dict[str, Any] = {**counts, "done": False, "model": None, "fingerprint": fingerprint}
+        server = secrets.token_hex(8)  # a name that no other training in a shared cluster has
+        progress = {**counts, "done": False, "model": None}
+        self._state: dict[str, Any] = {**progress, "fingerprint": fingerprint, "server": server}
         _check_steps(model, options.rule(method, len(self.units))[0])
 
     def fit(self, *, progress: Progress = silent, what: str = "training") -> Mapping[str, Any]:
@@ -102,14 +106,14 @@ class AsynchronousTrainer:
             RuntimeError: the cluster cannot be joined, or workers keep dying.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._load()
-        if self._state["done"]:
-            self.model.load_state_dict(self._state["model"])
-        else:
-            from quadric.parallel.cluster import Cluster
+        with ExitStack() as stack:
+            stack.enter_context(alone_in(self.folder, "folder"))
+            self._load()
+            if self._state["done"]:
+                self.model.load_state_dict(self._state["model"])
+            else:
+                from quadric.parallel.cluster import Cluster
 
-            with ExitStack() as stack:
-                stack.enter_context(alone_in(self.folder, "folder"))
                 checkpoint.save(self._state, self.folder / "driver.pt")
                 cluster = Cluster(self.folder / "ray", cpus=self.options.workers)
                 stack.callback(cluster.leave)
@@ -182,7 +186,7 @@ class AsynchronousTrainer:
             self._look(server, crew, live)
         self._tell_counts(server, crew)
         self._state |= {"done": True, "model": self.model.state_dict()}
-        self._save(server)
+        checkpoint.save(self._state, self.folder / "driver.pt")
 
     def _counted(self, crew: Crew) -> Iterator[Tick]:
         """The ticks, their seconds added up."""
@@ -198,7 +202,7 @@ class AsynchronousTrainer:
 
         rule, schedule = self.options.rule(self.method, len(self.units))
         return ParameterServer(
-            f"{self.folder.name}-{digest(str(self.folder.resolve()))}",
+            f"{self.folder.name}-{self._state['server']}",
             self.model,
             rule,
             folder=self.folder / "server",
@@ -209,7 +213,8 @@ class AsynchronousTrainer:
         )
 
     def _crew(self, server: ParameterServer, cluster: Cluster) -> Crew:
-        from quadric.parallel.crew import Crew, Work
+        from quadric.parallel.crew import Crew
+        from quadric.parallel.worker_actor import Work
 
         work = Work(
             self.model,
@@ -221,7 +226,9 @@ class AsynchronousTrainer:
             autocast=torch.bfloat16 if self.autocast else None,
             seed=self.seed,
         )
-        return Crew(server, work, self.options.workers, alone=self.options.warm, cpus=0 if cluster.own else 1)
+        # A Ray of its own has this machine to itself, and its workers may share a GPU.
+        cpus, gpus = (0, 0) if cluster.own else (1, int(self._space.device.type == "cuda"))
+        return Crew(server, work, self.options.workers, alone=self.options.warm, cpus=cpus, gpus=gpus)
 
     def _look(self, server: ParameterServer, crew: Crew, live: _Live) -> None:
         """Scores on the held-out data; the parameters are kept where they are the best so far."""
@@ -337,6 +344,8 @@ def _check_steps(model: nn.Module, rule: Rule) -> None:
     trial = copy.deepcopy(model)
     try:
         optimizer = rule(trial)
+        if isinstance(optimizer, BlockDiagonal) and any(each.of_calls for each in optimizer.coverage):
+            raise ValueError("its blocks are of the calls of modules, which a server does not see")
         train_mode(optimizer)
         for parameter in trial.parameters():
             parameter.grad = torch.zeros_like(parameter)

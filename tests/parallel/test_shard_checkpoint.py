@@ -118,7 +118,7 @@ def test_shards_of_another_training(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         Shard(part(), xu, folder=tmp_path / "nothing")
     with pytest.raises(ValueError, match=r"part has parameters of torch\.bfloat16"):
-        Shard(part(torch.bfloat16), xu, folder=tmp_path)
+        begin(part(torch.bfloat16), tmp_path / "nothing", units=UNITS)
 
 
 def test_pushes_of_a_former_life_are_of_no_age(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A process that trains asynchronously and tells what happens, a line of JSON each: ``python FILE FOLDER OPTIONS``.
 
-OPTIONS, in JSON, are those of `Asynchronous` and: ``seconds`` that a minibatch takes at least, ``rows`` of data,
+OPTIONS, in JSON, are those of `Asynchronous` and: ``seconds`` that a minibatch takes at least until there is
+a file FOLDER/../hurry, ``rows`` of data,
 ``bad`` rows at their beginning that are not finite, ``optimizer`` of torch instead of averaged SGD, ``norm`` for batch
 normalisation, and ``last_kill``: whether a shard is killed when its last push is applied.
 """
@@ -29,14 +30,18 @@ from quadric.train.trainer import Interrupted
 
 
 class Slow(CrossEntropy):
-    """Takes its time."""
+    """Takes its time, until there is a file."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, until: Path) -> None:
         super().__init__()
-        self.seconds = seconds
+        self.seconds, self.until = seconds, until
+
+    def __repr__(self) -> str:
+        return "Slow()"
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
-        time.sleep(self.seconds)
+        if self.seconds and not self.until.exists():
+            time.sleep(self.seconds)
         return super().forward(output, target)
 
 
@@ -81,7 +86,7 @@ def main() -> None:
     model = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16) if norm else nn.Identity(), nn.Tanh(), nn.Linear(16, 4))
     trainer = Told(
         model,
-        Slow(seconds),
+        Slow(seconds, Path(sys.argv[1]).parent / "hurry"),
         method,
         ExampleStream(x, y),
         held_out,

@@ -131,16 +131,24 @@ def goes_on(communicator: Communicator, name: str) -> bool:
     return all(torch.equal(a, b) for a, b in pairs)
 
 
-def spoils(communicator: Communicator, name: str) -> list[list[list[float]]]:
-    """The gradients of four steps. One of the last rank, who leads in the second, is NaN there and in the third."""
-    hooked, found = Hooked(name), []
+def spoils(communicator: Communicator, name: str) -> tuple[list[list[list[float]]], list[bool]]:
+    """The gradients of four steps. One of the last rank, who leads in the second, is NaN there and in the third.
+
+    And of each step whether each residue of a gradient that came out not finite is the one before, to the bit.
+    """
+    hooked, found, kept = Hooked(name), [], []
     for step in range(4):
         hooked.model.zero_grad()
         bad = communicator.rank == communicator.size - 1 and step in (1, 2)
         one = next(p for p in hooked.network.parameters() if len(p) == 4 and p.dim() == 1)
+        before = [] if name in COMBINED else [residue.clone() for residue in hooked.residues()]
         (loss(hooked.model, communicator.rank, step) + (torch.nan if bad else 0.0) * one[0]).backward()
-        found.append(numbers([p.grad for p in hooked.network.parameters() if p.grad is not None]))
-    return found
+        gradients = [p.grad for p in hooked.network.parameters() if p.grad is not None]
+        found.append(numbers(gradients))
+        after = [] if name in COMBINED else hooked.residues()
+        rows = zip(before, after, gradients, strict=name not in COMBINED)
+        kept.append(all(a.numel() == 0 or torch.equal(a, b) for a, b, g in rows if bool(g.isnan().any())))
+    return found, kept
 
 
 def misused(communicator: Communicator) -> list[str]:

@@ -36,6 +36,7 @@ def trainer(method: Method, folder: Path, **options: Any) -> AsynchronousTrainer
     [
         FirstOrder(optimizer=torch.optim.LBFGS, gradient_frames=10),
         BlockDiagonalMethod(kind="kbfgs", gradient_frames=10),
+        BlockDiagonalMethod(kind="kfac", gradient_frames=10),
         HessianFree(),
     ],
     ids=lambda method: method.name,
