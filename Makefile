@@ -24,7 +24,7 @@ test: venv
 	@echo "ruff format" && $(BIN)/ruff format --quiet --check .
 	@echo "mypy" && $(BIN)/mypy --no-error-summary
 	@echo "lint-imports" && out=$$($(BIN)/lint-imports 2>&1) || { echo "$$out"; exit 1; }
-	@echo "pytest" && $(BIN)/python -m pytest -q
+	@echo "pytest" && OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 clean:
 	rm -rf .venv build dist exp .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

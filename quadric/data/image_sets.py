@@ -18,7 +18,7 @@ PATCH = 25
 """The same of FACES'."""
 SEGMENTS = 24
 """Straight pieces of a drawn curve."""
-CHUNK = 500
+CHUNK = 64
 
 Array = Float[np.ndarray, "..."]
 
