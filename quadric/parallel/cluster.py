@@ -30,7 +30,7 @@ LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """Ray's switch for nodes that stay on the loopback interface, named after the systems where that is the default."""
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 _VARIABLES = (*LOOPBACK, *QUIET, "RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")
-TOKEN_SECONDS, START_SECONDS, IDLE_SECONDS = 15.0, 60.0, 900.0
+TOKEN_SECONDS, START_SECONDS, IDLE_SECONDS = 30.0, 120.0, 900.0
 _ABOUT, _TOKEN, _ALIVE = "ray.json", "token", "alive"
 
 

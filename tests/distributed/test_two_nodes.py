@@ -18,9 +18,9 @@ if find_spec("ray") is None:
     pytest.skip("asynchronous training needs ray: pip install 'quadric[async]'", allow_module_level=True)
 
 TESTS = Path(__file__).resolve().parents[1]
-pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
 
-SCRIPT = """
+SCRIPT = r"""
 set -e
 ip link set lo up
 ip addr add 10.77.0.1/32 dev lo
@@ -32,6 +32,9 @@ export RAY_ADDRESS=10.77.0.1:6379
 {python} {job} {folder} '{options}' > {folder}.out 2> {folder}.err &
 until grep -q APPLIED {folder}.out; do kill -0 $!; sleep 0.2; done
 ray start --address=$RAY_ADDRESS --node-ip-address=10.77.0.2 $common
+both() {{ grep -q '\[0, [0-9]*, \["APPLIED' {folder}.out && grep -q '\[1, [0-9]*, \["APPLIED' {folder}.out; }}
+until both; do kill -0 %1; sleep 0.2; done
+touch $(dirname {folder})/hurry
 wait %1
 """
 
@@ -49,7 +52,7 @@ def namespaces() -> bool:
 def test_a_worker_joins_when_its_node_does(tmp_path: Path) -> None:
     """One node has room for one worker; the second joins in the middle, with the second node."""
     folder, job = tmp_path / "training", TESTS / "reference" / "asynchronous_job.py"
-    options = json.dumps({"shards": 2, "rows": 12_000, "seconds": 0.02})
+    options = json.dumps({"shards": 2, "rows": 20_000, "seconds": 0.02})
     temp = tempfile.mkdtemp(prefix="quadric-")  # sockets want a short path
     given = {"python": sys.executable, "temp": temp, "job": job, "folder": folder, "options": options}
     clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
@@ -61,7 +64,7 @@ def test_a_worker_joins_when_its_node_does(tmp_path: Path) -> None:
     }
     # The namespace of processes ends with its first one, and all Ray with it.
     command = ["unshare", "-rnpf", "--mount-proc", "bash", "-c", SCRIPT.format(**given)]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
     shutil.rmtree(temp, ignore_errors=True)
     assert ran.returncode == 0, f"{ran.stdout[-2000:]}\n{ran.stderr[-2000:]}"
     said = [json.loads(line) for line in Path(f"{folder}.out").read_text().splitlines() if line.startswith("{")]
