@@ -1,6 +1,6 @@
 """What compressing gradients saves and costs: SGD on speech frames by several workers, each with its own residue.
 
-    python benchmarks/compression.py an4 data=PATH/an4_mfcc --recipe-network [--epochs 8] [--methods none cltk-0.01]
+    python benchmarks/compression.py an4 data=PATH/an4_mfcc --recipe-network [--epochs 8] [--methods none cltk-0.01] [--whole 0.1]
 
 The workers are simulated in one process: at every step each takes its own frames at the same parameters, compresses its
 gradient and keeps the rest, and SGD with momentum goes along the mean of what was sent. All methods see the same frames
@@ -58,11 +58,11 @@ class Workers:
         self.compressors = [build(parameters) if build else None for _ in range(count)]
         self.plain, self.sent, self.steps = 0, 0, 0
 
-    def mean(self, gradients: Sequence[Tensor]) -> Tensor:
-        """Of what all send."""
+    def mean(self, gradients: Sequence[Tensor], *, whole: bool) -> Tensor:
+        """Of what all send: their messages, or gradients whole."""
         total, count = torch.zeros_like(gradients[0]), len(gradients)
         self.plain += sum(gradient.nbytes for gradient in gradients)
-        for message in self._messages(gradients):
+        for message in gradients if whole else self._messages(gradients):
             self.sent += message.nbytes
             if isinstance(message, Message):
                 message.add_to(total, 1 / count)
@@ -102,7 +102,8 @@ def train(speech: Speech, chosen: argparse.Namespace, build: Build | None) -> di
             speech.objective(model, Sizes(chosen.batch, 0), step * chosen.workers + rank)
             for rank in range(chosen.workers)
         ]
-        mean = workers.mean([objective.value_and_grad(theta)[1] for objective in objectives])
+        gradients = [objective.value_and_grad(theta)[1] for objective in objectives]
+        mean = workers.mean(gradients, whole=step < chosen.whole * total)
         for parameter, gradient in zip(space.parameters, space.split(mean), strict=True):
             parameter.grad = gradient
         for group in optimizer.param_groups:
@@ -136,6 +137,7 @@ def parsed() -> argparse.Namespace:
                         help=f"of {', '.join(METHODS)} (default: all)")  # fmt: skip
     parser.add_argument("--workers", type=int, default=4, help="(default: 4)")
     parser.add_argument("--epochs", type=float, default=8, help="(default: 8)")
+    parser.add_argument("--whole", type=float, default=0, help="share of the steps before compression (default: 0)")
     parser.add_argument("--steps", type=int, help="instead of epochs")
     parser.add_argument("--batch", type=int, default=256, help="frames of a worker's gradient (default: 256)")
     parser.add_argument("--lr", type=float, default=0.1, help="at the start (default: 0.1)")

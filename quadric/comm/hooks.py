@@ -7,9 +7,9 @@ torch has others, in ``torch.distributed.algorithms.ddp_comm_hooks``, which need
 (low rank, with error feedback), ``fp16_compress_hook`` and ``bf16_compress_hook`` (without).
 
 Every hook leaves the same gradient on all ranks, to the bit. A gradient that is not finite on one rank comes out not
-finite on all, and the residues of its bucket stay as they were on all, as if there had been no such step. Residues
-belong to parameters, so they outlive DDP's new division into buckets after the first backward pass. They differ from
-rank to rank: each saves the `state_dict` of its own.
+finite on all, and the residues of its bucket, not those of others, stay as they were on all, for a step that is
+skipped. Residues belong to parameters, so they outlive DDP's new division into buckets after the first backward pass.
+They differ from rank to rank: each saves the `state_dict` of its own.
 """
 
 # No postponed annotations: DDP refuses a hook whose annotations are strings.
@@ -188,11 +188,10 @@ def adacomp_hook(state: AdaCompState, bucket: dist.GradBucket) -> Future[Tensor]
             data = message.cpu().numpy()
             for (compressor, _), place in zip(parts, total.split([len(g) for _, g in parts]), strict=True):
                 signs, data = Signs.from_bytes(data, compressor.sizes, compressor.bins)
-                if signs.finite:
-                    signs.add_to(place, 1 / size)
-                else:
-                    place.fill_(torch.nan)
+                if not signs.finite:
                     state.undo(parameters, before)
+                    return buffer.fill_(torch.nan)
+                signs.add_to(place, 1 / size)
         return buffer.copy_(total)
 
     return work.get_future().then(mean)

@@ -21,7 +21,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from quadric.files import new_file
 from quadric.parallel.engine import check_mode, forget_token, ray, stay_on_loopback
@@ -60,26 +60,28 @@ class Cluster:
         address = os.environ.get("RAY_ADDRESS")
         self.own = address in (None, "local")
         self._left = threading.Event()
-        if self.own:
-            os.environ.pop("RAY_ADDRESS", None)
-            stay_on_loopback()
-            address = _start(self._folder, cpus, memory)
-        else:
-            _check_token(str(address))
-        forget_token()  # of the cluster before, if this process has been in one
         try:
-            ray.init(address=address, namespace=_NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
-        except BaseException as error:
+            if self.own:
+                os.environ.pop("RAY_ADDRESS", None)
+                stay_on_loopback()
+                address = _start(self._folder, cpus, memory)
+            else:
+                _check_token(str(address))
+            _join(str(address))
+        except BaseException:
             self._end()
-            if isinstance(error, ConnectionError | RuntimeError | TimeoutError):
-                raise RuntimeError(f"RAY_ADDRESS={address}: cannot be joined ({error}): is the cluster up?") from error
             raise
         if self.own:
             threading.Thread(target=self._keep, daemon=True).start()
 
+    @property
+    def there(self) -> bool:
+        """Not where the Ray that was started here has died: a question to it waits long, and then ends the process."""
+        return not self.own or _running(self._folder) is not None
+
     def check(self) -> None:
         """Raises ``RuntimeError`` where the Ray that was started here has died, before Ray gives up without a word."""
-        if self.own and _running(self._folder) is None:
+        if not self.there:
             raise RuntimeError(
                 f"the Ray of this training has ended ({self._folder / 'ray.log'} may say why): the same command starts "
                 "another, and goes on from the last checkpoints"
@@ -107,6 +109,14 @@ class Cluster:
 
 
 _NAMESPACE = "quadric"
+
+
+def _join(address: str) -> None:
+    forget_token()  # of the cluster before, if this process has been in one
+    try:
+        ray.init(address=address, namespace=_NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, TimeoutError) as error:
+        raise RuntimeError(f"RAY_ADDRESS={address}: cannot be joined ({error}): is the cluster up?") from error
 
 
 def _start(folder: Path, cpus: int, memory: int | None) -> str:
@@ -167,6 +177,7 @@ def _end(folder: Path) -> None:
         deadline = time.monotonic() + 20
         while _running(folder) is not None and time.monotonic() < deadline:
             time.sleep(0.05)
+        _kill_session(about["pid"])
     _clear(folder)
     for name in (_TOKEN, _ALIVE):
         (folder / name).unlink(missing_ok=True)
@@ -186,6 +197,14 @@ def _kill(group: int) -> None:
         os.killpg(group, signal.SIGKILL)
 
 
+def _kill_session(leader: int) -> None:
+    """Ends what a Ray has left, such as a worker that is stopped: all are in the session of its first process."""
+    for entry in Path("/proc").iterdir():
+        with suppress(ValueError, OSError):
+            if os.getsid(int(entry.name)) == leader:
+                os.kill(int(entry.name), signal.SIGKILL)
+
+
 def _check_token(address: str) -> None:
     """Refuses a cluster that other machines reach and that lets in whoever comes."""
     if address == "auto":
@@ -199,24 +218,36 @@ def _check_token(address: str) -> None:
             f"RAY_ADDRESS={address}: no token for it: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
             "RAY_AUTH_TOKEN_PATH, to those that the cluster was started with"
         )
-    stranger = {**os.environ, "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    if not _enters(address, dict(os.environ)):
-        raise ValueError(f"RAY_ADDRESS={address}: the cluster is not there, or it refuses the token")
-    if _enters(address, stranger):
-        raise ValueError(
-            f"RAY_ADDRESS={address}: the cluster lets in strangers: start all its nodes with RAY_AUTH_MODE=token"
-        )
+    refusals: dict[Welcome, str] = {
+        "refused": "the cluster refuses the token: give the one that it was started with",
+        "silent": f"the cluster is not there, or does not answer within {TOKEN_SECONDS:.0f} s",
+    }
+    if (welcome := welcomes(address, dict(os.environ))) != "let in":
+        raise ValueError(f"RAY_ADDRESS={address}: {refusals[welcome]}")
+    match welcomes(address, {**os.environ, "RAY_AUTH_TOKEN": secrets.token_hex(32)}):
+        case "let in":
+            raise ValueError(
+                f"RAY_ADDRESS={address}: the cluster lets in strangers: start all its nodes with RAY_AUTH_MODE=token"
+            )
+        case "silent":
+            raise ValueError(f"RAY_ADDRESS={address}: whether the cluster refuses strangers cannot be told: try again")
 
 
-def _enters(address: str, environment: dict[str, str]) -> bool:
-    """Whether a process with this environment is let in."""
+Welcome = Literal["let in", "refused", "silent"]
+
+
+def welcomes(address: str, environment: dict[str, str]) -> Welcome:
+    """What becomes of a process with this environment that asks the cluster whether it is there."""
     code = "import sys\nfrom ray._raylet import GcsClient\nGcsClient(address=sys.argv[1]).check_alive([], timeout=5)"
     command = [sys.executable, "-c", code, address.removeprefix("ray://")]
     try:
-        ended = subprocess.run(command, env=environment, capture_output=True, timeout=TOKEN_SECONDS, check=False)
+        given = {"env": environment, "capture_output": True, "text": True, "check": False}
+        ended = subprocess.run(command, timeout=TOKEN_SECONDS, **given)
     except subprocess.TimeoutExpired:
-        return False
-    return ended.returncode == 0
+        return "silent"
+    if ended.returncode == 0:
+        return "let in"
+    return "refused" if "auth" in ended.stderr.lower() else "silent"
 
 
 def _is_loopback(host: str) -> bool:

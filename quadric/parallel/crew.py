@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -45,6 +46,7 @@ class Hand:
     dropped: bool = False
     lease: int = 1
     deaths: int = 0
+    heard: float = 0.0
     buffers: list[Tensor] = field(default_factory=list)
     pending: dict[Any, list[int]] = field(default_factory=dict)
 
@@ -81,6 +83,7 @@ class Crew:
             raise ValueError(f"workers={workers}: give one at least")
         self._server, self._alone, self._takes = server, alone, {"num_cpus": cpus, "num_gpus": gpus}
         self._warming: Hand | None = None
+        self._buffers = [buffer.detach().cpu().clone() for buffer in work.model.buffers()]
         self._work = ray.put(work)
         self.hands = {number: self._hire(number) for number in range(workers)}  # they start while the shards do
         counts = server.counts()
@@ -121,14 +124,22 @@ class Crew:
                 self._heard = time.monotonic()
             news += self._absent()
             news += self._save()
+            since = time.monotonic()
             yield Tick(reports, news)
+            self._heard += time.monotonic() - since  # nobody was listening
 
     def buffers(self) -> list[Tensor]:
-        """The mean of the running statistics of the workers' models, as they last told; counts are the first's."""
-        known = [hand.buffers for hand in self.hands.values() if hand.buffers]
-        return [
+        """The mean of the running statistics of the models of the workers that have told theirs lately.
+
+        Counts are the first's. Where no worker has told any they are those of the model that all began with.
+        """
+        newest = max(hand.heard for hand in self.hands.values())
+        lately = [hand for hand in self.hands.values() if hand.heard and newest - hand.heard <= self._overdue]
+        known = [hand.buffers for hand in lately] or [self._buffers]
+        self._buffers = [
             torch.stack(each).mean(0) if each[0].is_floating_point() else each[0] for each in zip(*known, strict=True)
         ]
+        return self._buffers
 
     def _absent(self) -> list[str]:
         """Says once which workers have not begun for long."""
@@ -156,12 +167,12 @@ class Crew:
         return Hand(actor)
 
     def _begin(self, hand: Hand) -> None:
-        hand.pending[hand.actor.begin.remote(self._incarnation)] = []
+        hand.pending[hand.actor.begin.remote(self._incarnation, self.buffers())] = []
         self._incarnation += 1
 
     def _deal(self) -> None:
         """Gives each worker what it does and what it does next."""
-        now, overdue = time.monotonic(), max(OVERDUE_SECONDS, OVERDUE_LEASES * self._longest)
+        now, overdue = time.monotonic(), self._overdue
         warm = int(self.ledger.settled[: self._alone].sum()) < min(self._alone, len(self.ledger.settled))
         for number, hand in self.hands.items():
             if hand.dropped or hand.pid is None or (warm and hand is not self._first(hand, now, overdue)):
@@ -175,11 +186,22 @@ class Crew:
                     break
                 hand.pending[hand.actor.do.remote(units)] = units
 
+    @property
+    def _overdue(self) -> float:
+        """The seconds after which a lease is overdue; before the first has ended nobody knows how long they take."""
+        return max(OVERDUE_SECONDS, OVERDUE_LEASES * self._longest) if self._longest else SILENT_SECONDS
+
     def _first(self, ready: Hand, now: float, overdue: float) -> Hand:
-        """Who works alone: the worker that was the first to be there, while it lives and reports."""
+        """Who works alone: the worker that was the first to be there, while it lives and reports.
+
+        What it has not done is for the next.
+        """
         first = self._warming
         there = first is not None and first in self.hands.values() and not first.dropped
         if first is None or not there or (ready is not first and now - self._heard > overdue):
+            for number, hand in self.hands.items():
+                if hand is first:
+                    self.ledger.release(number)
             self._warming, self._heard = ready, now
             return ready
         return first
@@ -213,8 +235,8 @@ class Crew:
     def _take(self, number: int, units: list[int], done: Done, news: list[str]) -> list[Report]:
         """The reports of a lease, after what they say was acted upon."""
         hand = self.hands[number]
-        hand.buffers, hand.deaths = done.buffers, 0
-        self._longest = max(self._longest, done.seconds)
+        hand.buffers, hand.deaths, hand.heard = done.buffers, 0, time.monotonic()
+        self._longest = max(done.seconds, 0.9 * self._longest)
         hand.lease = max(1, min(256, int(len(units) * LEASE_SECONDS / max(done.seconds, 1e-3)), 2 * len(units)))
         self.ledger.settle(report.unit for report in done.reports if report.settled)
         self.ledger.give_back(number, [report.unit for report in done.reports if not report.settled])
@@ -231,6 +253,8 @@ class Crew:
 
     def _bury(self, number: int, news: list[str], error: Exception) -> None:
         old = self.hands[number]
+        with suppress(RayError):
+            ray.kill(old.actor, no_restart=True)  # if it cannot be reached it may live
         back = self.ledger.release(number)
         if old.deaths + 1 >= HOPELESS:
             raise RuntimeError(f"worker {number} died {HOPELESS} times without having done anything: {error}")

@@ -63,10 +63,11 @@ class ParameterServer:
     ) -> None:
         parts = partition(model, shards)
         self.sizes = [ParameterSpace(part).size for part in parts]
-        self.shards = []
-        for number, part in enumerate(parts):
-            place = folder / f"shard-{number}"
+        places = [folder / f"shard-{number}" for number in range(len(parts))]
+        for part, place in zip(parts, places, strict=True):  # all are sound before the first actor starts
             begin(part, place, units=units)
+        self.shards = []
+        for number, (part, place) in enumerate(zip(parts, places, strict=True)):
             options = {"folder": place.resolve(), "schedule": schedule, "bounds": bounds}
             actor = _ShardActor.options(  # type: ignore[attr-defined]
                 name=f"{name}-{number}", lifetime="detached", get_if_exists=True, num_cpus=0,

@@ -186,6 +186,7 @@ class Worker:
         clip: the largest norm of what is sent; longer vectors are shortened to it. None: they are sent as they are.
         compressors: one for each shard; None: vectors are sent as they are. Of what a shard refuses nothing stays in
             them: it is computed again, here or by another.
+        whole: vectors of units below this number are sent as they are, also where there are compressors.
         autocast: as an `Objective` has it.
         seed: of random layers.
 
@@ -210,6 +211,7 @@ class Worker:
         incarnation: int = 1,
         clip: float | None = None,
         compressors: Sequence[Compressor] | None = None,
+        whole: int = 0,
         autocast: torch.dtype | None = None,
         seed: int = 0,
     ) -> None:
@@ -225,7 +227,7 @@ class Worker:
         self.rate: float | None = None
         self._link, self._sizes, self._strategy = link, list(sizes), strategy or Gradients()
         self._number, self._incarnation, self._sequence = number, incarnation, 0
-        self._clip, self.compressors = clip, list(compressors or ())
+        self._clip, self.compressors, self._whole = clip, list(compressors or ()), whole
         self._autocast, self._seed = autocast, seed
         self._answers: list[Answer] | None = None
         self._begun = False
@@ -297,11 +299,13 @@ class Worker:
         norm = float(torch.linalg.vector_norm(vector))
         if self._clip is not None and norm > self._clip:
             vector = vector.mul_(self._clip / norm)
-        contents: list[Vector | Message | None] = [None] * len(self._sizes)
+        contents: Sequence[Vector | Message | None] = [None] * len(self._sizes)
         before = [copy.copy(compressor) for compressor in self.compressors]
         if math.isfinite(norm):
             parts = vector.cpu().split(self._sizes)
-            contents = [self._compressed(place, part) for place, part in enumerate(parts)]
+            contents = [part.numpy() for part in parts]
+            if self.compressors and unit >= self._whole:
+                contents = [each.compress(part) for each, part in zip(self.compressors, parts, strict=True)]
         else:
             self._strategy.forget()
             self._begun = False
@@ -316,9 +320,6 @@ class Worker:
                 self.compressors[place] = compressor
         staleness = max(answer.staleness for answer in self._answers)
         return verdicts, staleness, sum(content.nbytes for content in contents if content is not None)
-
-    def _compressed(self, place: int, part: Flat) -> Vector | Message:
-        return part.numpy() if not self.compressors else self.compressors[place].compress(part)
 
 
 @torch.no_grad()

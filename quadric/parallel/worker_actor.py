@@ -27,7 +27,7 @@ class Work:
     """What every worker needs.
 
     Attributes:
-        model, loss, units, strategy, clip, autocast, seed: as in `Worker`.
+        model, loss, units, strategy, clip, whole, autocast, seed: as in `Worker`.
         compressor: makes that of a shard, from the shapes of its parameters.
     """
 
@@ -37,6 +37,7 @@ class Work:
     strategy: Strategy = field(default_factory=Gradients)
     clip: float | None = None
     compressor: Callable[[Sequence[torch.Size]], Compressor] | None = None
+    whole: int = 0
     autocast: torch.dtype | None = None
     seed: int = 0
 
@@ -57,14 +58,17 @@ class WorkerActor:
         torch.set_num_threads(1)
         self._work, self._link, self._sizes, self._number = work, ActorLink(shards), sizes, number
 
-    def begin(self, incarnation: int) -> int:
-        """Makes the worker; the number of the process."""
-        work = self._work
+    def begin(self, incarnation: int, buffers: Sequence[Tensor]) -> int:
+        """Makes the worker, with these running statistics; the number of the process."""
+        work, model = self._work, copy.deepcopy(self._work.model)
+        with torch.no_grad():
+            for buffer, value in zip(model.buffers(), buffers, strict=True):
+                buffer.copy_(value)
         compressors = None
         if work.compressor is not None:
             compressors = [work.compressor(shapes) for shapes in _shapes(work.model, self._sizes)]
         self._worker = Worker(
-            copy.deepcopy(work.model),
+            model,
             work.loss,
             work.units,
             self._link,
@@ -74,6 +78,7 @@ class WorkerActor:
             incarnation=incarnation,
             clip=work.clip,
             compressors=compressors,
+            whole=work.whole,
             autocast=work.autocast,
             seed=work.seed,
         )
@@ -82,7 +87,7 @@ class WorkerActor:
     def do(self, units: Sequence[int]) -> Done:
         start = time.monotonic()
         reports = [self._worker.do(unit) for unit in units]
-        return Done(reports, [b.clone() for b in self._worker.model.buffers()], time.monotonic() - start)
+        return Done(reports, [b.cpu().clone() for b in self._worker.model.buffers()], time.monotonic() - start)
 
 
 def _shapes(model: nn.Module, sizes: Sequence[int]) -> list[list[torch.Size]]:

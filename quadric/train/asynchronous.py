@@ -43,6 +43,7 @@ class Asynchronous:
         scaled: divide a step by the staleness of its gradient.
         not_finite: a worker that has sent more gradients that are not finite is dropped.
         compression: of what is sent; what is left out is sent later.
+        whole: exchanges of the training before compression begins.
         share: of the entries that ``"scalecom"`` sends.
         rank: of ``"powersgd"``.
     """
@@ -60,6 +61,7 @@ class Asynchronous:
     scaled: bool = False
     not_finite: int = 10
     compression: Compression = "none"
+    whole: int = 0
     share: float = 0.01
     rank: int = 4
 
@@ -67,11 +69,14 @@ class Asynchronous:
         check(self, workers=POSITIVE, shards=POSITIVE, every=POSITIVE, sends=one_of(Sending), alpha=SHARE)
         check(self, outer_lr=POSITIVE, outer_momentum=SHARE, warm=NOT_NEGATIVE, clip=NONE_OR_POSITIVE)
         check(self, staleness=NONE_OR_NOT_NEGATIVE, not_finite=NOT_NEGATIVE, compression=one_of(Compression))
+        check(self, whole=NOT_NEGATIVE)
         check(self, share=(lambda value: 0 < value <= 1, "must be more than 0 and at most 1"), rank=POSITIVE)
-        given = {"clip": self.clip, "staleness": self.staleness, "compression": self.compression}
-        if self.sends == "elastic" and (wrong := {n: v for n, v in given.items() if v not in (None, "none")}):
-            name, value = next(iter(wrong.items()))
-            raise ValueError(f"{name}={value}: elastic averaging draws both sides alike, by all of it; leave it out")
+        for name in ("clip", "staleness", "scaled", "compression"):
+            value = getattr(self, name)
+            if self.sends == "elastic" and value != getattr(type(self), name):
+                raise ValueError(
+                    f"{name}={value}: elastic averaging draws both sides alike, by all of it; leave it out"
+                )
 
     def strategy(self, method: Method, minibatches: int) -> Strategy:
         """What a worker does."""

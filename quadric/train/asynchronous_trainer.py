@@ -12,13 +12,13 @@ import math
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quadric.data.examples import Stream
 from quadric.loss.loss import Loss
@@ -92,7 +92,7 @@ class AsynchronousTrainer:
         )
         counts = {"looks": 0, "update": 0, "stale": 0, "lost": 0, "seconds": 0.0, "best": math.inf}
         server = secrets.token_hex(8)  # a name that no other training in a shared cluster has
-        progress = {**counts, "done": False, "model": None}
+        progress = {**counts, "done": False, "model": None, "buffers": [buffer.clone() for buffer in model.buffers()]}
         self._state: dict[str, Any] = {**progress, "fingerprint": fingerprint, "server": server}
         _check_steps(model, options.rule(method, len(self.units))[0])
 
@@ -136,10 +136,11 @@ class AsynchronousTrainer:
         return nullcontext()
 
     def _train(self, cluster: Cluster, stack: ExitStack, progress: Progress, what: str) -> None:
+        self._give_buffers(self._state["buffers"])
         server = self._server()
-        stack.callback(server.stop)
+        stack.callback(_where, cluster, server.stop)
         crew = self._crew(server, cluster)
-        stack.callback(crew.end)
+        stack.callback(_where, cluster, crew.end)
         live = _Live(what, sum(server.sizes), len(self.units))
         if not self._metrics.records():
             self._look(server, crew, live)
@@ -150,11 +151,12 @@ class AsynchronousTrainer:
                     pass
             except Exception:
                 with suppress(Exception):  # what went wrong is what counts
-                    self._save(server)
+                    cluster.check()
+                    self._save(server, crew)
                 raise
         if self._state["done"]:
             return
-        self._save(server)
+        self._save(server, crew)
         done = len(self.units) - crew.ledger.left
         raise Interrupted(
             f"stopped after push {done} of {len(self.units)}, saved in {self.folder}: "
@@ -176,7 +178,7 @@ class AsynchronousTrainer:
             if crew.ledger.left and looks > self._state["looks"]:
                 self._state["looks"] = looks
                 self._look(server, crew, live)
-                self._save(server)
+                self._save(server, crew)
             yield from (report.unit for report in tick.reports if report.settled)
             if stop.is_set():
                 return
@@ -223,6 +225,7 @@ class AsynchronousTrainer:
             self.options.strategy(self.method, self.units.minibatches),
             clip=self.options.clip,
             compressor=self.options.compressor(),
+            whole=self.options.whole,
             autocast=torch.bfloat16 if self.autocast else None,
             seed=self.seed,
         )
@@ -233,9 +236,7 @@ class AsynchronousTrainer:
     def _look(self, server: ParameterServer, crew: Crew, live: _Live) -> None:
         """Scores on the held-out data; the parameters are kept where they are the best so far."""
         server.load_into(self.model)
-        with torch.no_grad():
-            for buffer, value in zip(self.model.buffers(), crew.buffers(), strict=False):
-                buffer.copy_(value)
+        self._give_buffers(crew.buffers())
         done = len(self.units) - crew.ledger.left
         frames = sum(self.units.frames(u) for u in crew.ledger.settled.nonzero().flatten().tolist())
         place = {"update": done, "epoch": frames / self.units.total_frames, "seconds": self._state["seconds"]}
@@ -255,6 +256,12 @@ class AsynchronousTrainer:
         self._metrics.append({**place, **live.record(), **{f"dev_{name}": value for name, value in scores.items()}})
         told = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
         logger.info("push %d of %d: held-out %s", done, len(self.units), told)
+
+    def _give_buffers(self, buffers: Sequence[Tensor]) -> None:
+        """Gives the model these running statistics."""
+        with torch.no_grad():
+            for buffer, value in zip(self.model.buffers(), buffers, strict=True):
+                buffer.copy_(value)
 
     def _tell_counts(self, server: ParameterServer, crew: Crew) -> None:
         """What became of all pushes."""
@@ -278,10 +285,17 @@ class AsynchronousTrainer:
             )
         self._state = state
 
-    def _save(self, server: ParameterServer) -> None:
+    def _save(self, server: ParameterServer, crew: Crew) -> None:
         """What the driver knows, after what the shards do: it never tells of pushes that they lack."""
         server.save()
+        self._state["buffers"] = crew.buffers()
         checkpoint.save(self._state, self.folder / "driver.pt")
+
+
+def _where(cluster: Cluster, end: Callable[[], None]) -> None:
+    """Ends what runs in a cluster, if that is still there."""
+    if cluster.there:
+        end()
 
 
 class _Live:

@@ -186,6 +186,7 @@ class Job:
             the same start; None: leave it out.
         asynchronous: do these trainings by workers on a parameter server; None: in one process, or on ranks.
         sequence: trainings by a sequence criterion, from one of these on; None: leave them out.
+        evaluations: of the development set over a training, besides the one before it: the lowest loss wins.
         decoding: of dev and test.
         autocast: compute matrix products in bfloat16.
         seed: of everything random.
@@ -221,6 +222,7 @@ class Job:
     nghf: NGHF | None = None
     asynchronous: Asynchronous | None = None
     sequence: SequenceTraining | None = None
+    evaluations: int = 20
     decoding: Decoding = field(default_factory=Decoding)
     autocast: bool = False
     seed: int = 0
@@ -228,7 +230,7 @@ class Job:
 
     def __post_init__(self) -> None:
         check(self, jobs=POSITIVE, chunk=WINDOW, seed=NOT_NEGATIVE, deltas=NOT_NEGATIVE, lm_order=POSITIVE)
-        check(self, speeds=ALL_POSITIVE)
+        check(self, speeds=ALL_POSITIVE, evaluations=POSITIVE)
         if 1.0 not in self.speeds or len(set(self.speeds)) < len(self.speeds):
             raise ValueError(
                 f"speeds={self.speeds}: must hold 1.0, the speed alignments start from, and each speed once"

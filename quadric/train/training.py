@@ -44,7 +44,8 @@ def trained(
     """The folder of a training by all ranks, with the trained system in ``system``."""
     data = (prepared.key, digest(dict(units.train), dict(units.dev)), prepared.front)
     asynchronous = job.asynchronous if name in job.methods else None
-    training = (job.network, job.augment, job.chunk, job.autocast, job.seed, *asynchronous_key(asynchronous))
+    training: tuple[object, ...] = (job.network, job.augment, job.chunk, job.evaluations, job.autocast, job.seed)
+    training += asynchronous_key(asynchronous)
     place = partial(stages.folder, name, method, *training, *data)
     folder = communicator.first_then_all(f"beginning {name}", place)
     torch.manual_seed(job.seed)
@@ -109,6 +110,7 @@ def fit(
         stream,
         held_out,
         folder,
+        evaluations=job.evaluations,
         autocast=job.autocast,
         seed=job.seed,
         communicator=communicator,

@@ -68,6 +68,11 @@ class Job:
     def news(self) -> str:
         return "\n".join(sentence for told in self.said for sentence in told.get("news", []))
 
+    def processes(self) -> set[int]:
+        """All workers and shards that it has told of."""
+        shards = {count["pid"] for told in self.said for count in told.get("counts", [])}
+        return shards | {pid for told in self.said for pid in told.get("workers", {}).values() if pid}
+
     def underway(self, workers: frozenset[int] = frozenset({0, 1}), units: int = 30) -> Told:
         """Reads until so many units were reported, by all of these workers."""
 
@@ -105,14 +110,9 @@ def once_each(job: Job, end: Told) -> None:
     assert [count["clock"] for count in job.counts] == [end["units"]] * len(job.counts)
 
 
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def test_workers_train_together_refuse_what_is_not_finite_and_leave_nothing_running(start: Callable[..., Job]) -> None:
+def test_workers_train_together_refuse_what_is_not_finite_and_leave_nothing_running(
+    start: Callable[..., Job], alive: Callable[..., set[int]]
+) -> None:
     """Though a shard is killed when all is done: its last checkpoint lacks pushes that were reported."""
     job = start(shards=2, seconds=0.0, warm=10, bad=6, norm=True, last_kill=True)
     end = job.end()
@@ -121,15 +121,16 @@ def test_workers_train_together_refuse_what_is_not_finite_and_leave_nothing_runn
     first, second = job.counts
     assert first["not_finite"] == second["not_finite"] > 0
     assert [count["applied"] + count["not_finite"] for count in job.counts] == [end["units"]] * 2 == [200] * 2
-    assert end["best"]["accuracy"] > 0.7 and end["best"]["update"] == 200
+    assert end["best"]["accuracy"] > 0.7
     warm = [worker for told in job.said for worker, unit, _ in told.get("reports", []) if unit < 10][:10]
     assert len(warm) == 10 and len(set(warm)) == 1, "the warm start is one worker's alone"
-    assert not any(alive(pid) for told in job.said for pid in [*told.get("workers", {}).values()] if pid)
-    assert not any(alive(count["pid"]) for count in job.counts)
+    assert not alive(job.processes(), patience=10)
     assert not (job.folder / "ray" / "token").exists()
 
 
-def test_whoever_is_killed_or_stopped_nobody_waits_and_every_unit_counts_once(start: Callable[..., Job]) -> None:
+def test_whoever_is_killed_or_stopped_nobody_waits_and_every_unit_counts_once(
+    start: Callable[..., Job], alive: Callable[..., set[int]]
+) -> None:
     """In one training: a worker is killed, then a shard, then a worker is stopped for good.
 
     Only this machine gets in, and only with the token.
@@ -151,11 +152,8 @@ def test_whoever_is_killed_or_stopped_nobody_waits_and_every_unit_counts_once(st
     pid = job.said[-1]["workers"]["1"]
     os.kill(pid, signal.SIGSTOP)
     job.hurry()
-    try:
-        end = job.end()  # which would not come if anybody waited
-    finally:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGCONT)
+    end = job.end()  # which would not come if anybody waited
+    assert not alive(job.processes(), patience=10), "the worker that is stopped was left behind"
     once_each(job, end)
     assert [count["life"] for count in job.counts] == [1, 2]
     told = re.findall(r"shard 1 was started again: (\d+) pushes were lost", job.news())
@@ -166,25 +164,27 @@ def test_whoever_is_killed_or_stopped_nobody_waits_and_every_unit_counts_once(st
 
 
 def test_a_driver_is_killed_and_the_next_finds_the_server_and_is_stopped_and_the_last_goes_on(
-    start: Callable[..., Job],
+    start: Callable[..., Job], alive: Callable[..., set[int]]
 ) -> None:
-    job = start(shards=2, rows=12_000, seconds=0.02)
+    job = start(shards=2, rows=12_000, seconds=0.02, norm=True)
     job.underway()
     job.process.kill()
     job.process.wait()
 
-    second = start(shards=2, rows=12_000, seconds=0.02, workers=3)
+    second = start(shards=2, rows=12_000, seconds=0.02, norm=True, workers=3)
     second.underway(frozenset({0, 1, 2}))
     assert [count["life"] for count in second.counts] == [1, 1], "the shards were not those of the first driver"
     second.process.send_signal(signal.SIGINT)
     assert "the same command goes on from there" in second.end()["interrupted"]
-    assert not any(alive(pid) for told in second.said for pid in told.get("workers", {}).values() if pid)
+    assert not alive(second.processes(), patience=10)
     assert not (job.folder / "ray" / "token").exists(), "the Ray of the first driver was not the second's"
 
-    last = start(shards=2, rows=12_000, seconds=0.0)
+    last = start(shards=2, rows=12_000, seconds=0.0, norm=True)
     end = last.end()
     once_each(last, end)
     assert [count["life"] for count in last.counts] == [2, 2]
+    (mean, _, _), begun = second.said[-2]["statistics"], last.said[0]["statistics"]
+    assert abs(mean) > 1e-3 and begun[0] == pytest.approx(mean, abs=0.5 * abs(mean)), "running statistics were lost"
     assert 0 < last.settled() <= end["units"] - job.settled() - second.settled(), "what was done was done again"
     assert last.settled() < end["units"] - second.settled() - 20
 
@@ -202,13 +202,13 @@ def only_with_the_token(job: Job) -> None:
     assert token.stat().st_mode & 0o077 == 0
     assert Path(about["place"]).stat().st_mode & 0o077 == 0, "others reach the sockets within"
     assert set(listening(about["pid"])) | set(listening(job.process.pid)) == {"127.0.0.1"}
-    script = "import os\nimport sys\nfrom quadric.parallel.cluster import _enters\n"
-    script += "print(_enters(sys.argv[1], dict(os.environ)))"
+    script = "import os\nimport sys\nfrom quadric.parallel.cluster import welcomes\n"
+    script += "print(welcomes(sys.argv[1], dict(os.environ)))"
     command = [sys.executable, "-c", script, about["address"]]
-    for wanted, code in ((False, "0" * 64), (True, token.read_text())):
+    for wanted, code in (("refused", "0" * 64), ("let in", token.read_text())):
         environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": code}
         ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, cwd=TESTS.parent)
-        assert ran.stdout.split()[-1] == str(wanted)
+        assert ran.stdout.splitlines()[-1] == wanted
 
 
 def listening(session: int) -> list[str]:
@@ -240,17 +240,26 @@ def ancestors(pid: int) -> set[int]:
 def test_a_warm_start_whose_worker_is_stopped_goes_on_with_another(start: Callable[..., Job]) -> None:
     """Of workers with parameters of their own."""
     options = {"sends": "elastic", "every": 4, "optimizer": "SGD", "alpha": 0.3}
-    job = start(**options, rows=8000, seconds=0.01, warm=60)
+    job = start(**options, workers=3, rows=8000, seconds=0.01, warm=60)
     told = job.until(lambda told: told.get("reports"))
     pid = told["workers"][str(told["reports"][0][0])]
     os.kill(pid, signal.SIGSTOP)
     job.hurry()
     end = job.end()
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGCONT)
     once_each(job, end)
-    warm = {worker for told in job.said for worker, unit, _ in told.get("reports", []) if unit < 60}
-    assert warm == {0, 1} and end["best"]["accuracy"] > 0.6
+    by = [{w for told in job.said for w, unit, _ in told.get("reports", []) if (unit < 60) == warm} for warm in (1, 0)]
+    assert len(by[0]) == 2 and len(by[1]) == 2, "one works alone, and after it all that are not stopped"
+    assert end["best"]["accuracy"] > 0.6
+
+
+def test_a_ray_that_has_died_is_told_and_another_takes_its_place(start: Callable[..., Job]) -> None:
+    job = start(seconds=0.02, rows=6000)
+    job.underway()
+    os.kill(json.loads((job.folder / "ray" / "ray.json").read_text())["pid"], signal.SIGKILL)
+    assert "the Ray of this training has ended" in job.end()["error"]
+    job.hurry()
+    second = start(seconds=0.02, rows=6000)
+    once_each(second, second.end())
 
 
 def test_a_cluster_is_refused_without_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import ExponentialLR
 
 from quadric.comm.compression import AdaComp, CLTk, Compressor, HalfPrecision, LowRank
+from quadric.comm.message import Message
 from quadric.data.examples import ExampleStream
 from quadric.loss.loss import SquaredError
 from quadric.optim.averaged import averaged_sgd
@@ -272,6 +273,14 @@ def test_what_a_refused_push_would_have_sent_later_is_not_sent(tmp_path: Path) -
     for compressor, state in zip(crew.workers[0].compressors, before, strict=True):
         assert torch.equal(compressor.residue, state["residue"])
         assert all(torch.equal(a, b) for a, b in zip(compressor.state_dict()["Q"], state["Q"], strict=True))
+
+
+def test_the_first_units_are_sent_whole(tmp_path: Path) -> None:
+    crew = Crew(tmp_path, shards=2, compressors=compressors("scalecom"), whole=2)
+    for unit in (1, 2, 0):
+        crew.workers[0].do(unit)
+    sent = [[isinstance(push.content, Message) for push in pushes] for pushes, _ in crew.link.heard]
+    assert sent == [[False, False], [True, True], [False, False]]
 
 
 def unit_of(crew: Crew, example: int) -> int:

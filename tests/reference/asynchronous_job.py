@@ -62,6 +62,7 @@ class Told(AsynchronousTrainer):
                 workers={number: hand.pid for number, hand in crew.hands.items()},
                 counts=counts,
                 lost=crew.lost,
+                statistics=[float(buffer.float().sum()) for buffer in crew.buffers()],
             )
             yield tick
 

@@ -52,7 +52,7 @@ def run(
     for process, (_, end) in zip(processes, ends, strict=True):
         process.start()
         end.close()
-    until = time.monotonic() + 2 * TIMEOUT
+    until = time.monotonic() + 4 * TIMEOUT
     try:
         return [_result(process, end, until) for process, (end, _) in zip(processes, ends, strict=True)]
     finally:

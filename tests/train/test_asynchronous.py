@@ -96,10 +96,12 @@ def test_what_is_sent_decides_who_steps_by_what() -> None:
         ({"clip": 0.0}, "clip=0.0: must be positive"),
         ({"staleness": -1}, "staleness=-1: must not be negative"),
         ({"not_finite": -1}, "not_finite=-1: must not be negative"),
+        ({"whole": -1}, "whole=-1: must not be negative"),
         ({"compression": "zip"}, "compression=zip: must be"),
         ({"share": 0.0}, "share=0.0: must be more than 0"),
         ({"rank": 0}, "rank=0: must be positive"),
         ({"sends": "elastic", "clip": 1.0}, "clip=1.0: elastic averaging draws both sides alike"),
+        ({"sends": "elastic", "scaled": True}, "scaled=True: elastic averaging draws both sides alike"),
         ({"sends": "elastic", "compression": "adacomp"}, "compression=adacomp: elastic averaging draws both"),
     ],
 )
