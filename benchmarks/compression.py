@@ -1,6 +1,6 @@
 """What compressing gradients saves and costs: SGD on speech frames by several workers, each with its own residue.
 
-    python benchmarks/compression.py an4 data=PATH/an4_mfcc --recipe-network [--epochs 8] [--methods none cltk-0.01] [--whole 0.1]
+    python benchmarks/compression.py an4 data=PATH/an4_mfcc --recipe-network [--epochs 8] [--methods none cltk-0.01]
 
 The workers are simulated in one process: at every step each takes its own frames at the same parameters, compresses its
 gradient and keeps the rest, and SGD with momentum goes along the mean of what was sent. All methods see the same frames

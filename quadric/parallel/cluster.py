@@ -241,8 +241,9 @@ def welcomes(address: str, environment: dict[str, str]) -> Welcome:
     code = "import sys\nfrom ray._raylet import GcsClient\nGcsClient(address=sys.argv[1]).check_alive([], timeout=5)"
     command = [sys.executable, "-c", code, address.removeprefix("ray://")]
     try:
-        given = {"env": environment, "capture_output": True, "text": True, "check": False}
-        ended = subprocess.run(command, timeout=TOKEN_SECONDS, **given)
+        ended = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=TOKEN_SECONDS, check=False
+        )
     except subprocess.TimeoutExpired:
         return "silent"
     if ended.returncode == 0:
