@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,12 +13,21 @@ from quadric.parallel.exchange import Answer, Push
 from quadric.parallel.worker import Link
 
 
+logger = logging.getLogger(__name__)
+
+SILENT_SECONDS = 60.0
+"""Where nothing was heard for as long, a person is told."""
+
+
 def heard(call: Callable[[], Any], *, seconds: float = 300.0) -> Any:
     """The answer of an actor that may be about to be started again."""
     deadline = time.monotonic() + seconds
     while True:
         try:
-            return got(call())
+            answer = call()
+            if not ray.wait([answer], timeout=SILENT_SECONDS)[0]:
+                logger.warning("a shard has not answered for %.0f s: its process may be stopped", SILENT_SECONDS)
+            return got(answer)
         except ActorUnavailableError as error:
             if time.monotonic() > deadline:
                 raise RuntimeError(f"a shard has not come back in {seconds:.0f} s: {error}") from error

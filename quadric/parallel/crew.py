@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from quadric.parallel.actors import got
+from quadric.parallel.actors import SILENT_SECONDS, got
 from quadric.parallel.engine import RayError, ray
 from quadric.parallel.exchange import Verdict
 from quadric.parallel.ledger import Ledger
@@ -29,8 +29,6 @@ LEASE_SECONDS = 1.0
 """What a worker is given at a time takes about as long."""
 OVERDUE_SECONDS, OVERDUE_LEASES = 5.0, 3.0
 """What a worker has not done for as long, and as many of the longest leases, others do as well when they are idle."""
-SILENT_SECONDS = 60.0
-"""Without any report for as long, a person is told."""
 ROOM_SECONDS = 15.0
 """A person is told of workers that have not begun by then."""
 HOPELESS = 5
@@ -268,14 +266,14 @@ class Crew:
         if not shards:
             return []
         applied, counts = self._server.applied(), self._server.counts()
-        news = []
+        news, settled = [], self.ledger.settled.clone()
         for k in shards:
-            lost = self.ledger.lack(applied[k])
-            life = counts[k]["life"]
+            self.ledger.lack(applied[k])
+            life, lost = counts[k]["life"], int((settled & ~applied[k]).sum())
             if life > self._lives[k] or lost:
-                news.append(f"shard {k} was started again: {len(lost)} pushes were lost, and are done again")
+                news.append(f"shard {k} was started again: {lost} pushes were lost, and are done again")
             self._lives[k] = life
-            self.lost += len(lost)
+            self.lost += lost
         return news
 
     def _save(self) -> list[str]:

@@ -11,6 +11,7 @@ os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 try:
     import ray
+    from ray import cloudpickle
     from ray._private import ray_constants
     from ray._raylet import (  # type: ignore[attr-defined]
         AuthenticationMode,
@@ -47,6 +48,7 @@ __all__ = [
     "RayError",
     "RayTaskError",
     "check_mode",
+    "cloudpickle",
     "forget_token",
     "ray",
     "stay_on_loopback",

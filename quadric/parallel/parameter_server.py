@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+import zlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from quadric.parallel.actors import heard
-from quadric.parallel.engine import ray
+from quadric.parallel.engine import cloudpickle, ray
 from quadric.parallel.exchange import Answer, Push
 from quadric.parallel.partition import hollow, partition
 from quadric.parallel.shard import Bounds, Rule, Shard, begin
@@ -73,7 +74,7 @@ class ParameterServer:
                 name=f"{name}-{number}", lifetime="detached", get_if_exists=True, num_cpus=0,
                 max_restarts=-1, max_task_retries=-1,
             )  # fmt: skip
-            self.shards.append(actor.remote(hollow(part), rule, options))
+            self.shards.append(actor.remote(packed(part), rule, options))
 
     def theta(self) -> Float[Tensor, " n"]:
         """What the rule is to be judged by: the average, where it keeps one."""
@@ -104,12 +105,20 @@ class ParameterServer:
         return [heard(call) for call in [partial(getattr(shard, what).remote) for shard in self.shards]]
 
 
+def packed(part: nn.Module) -> bytes:
+    """A part without its numbers, in few bytes: Ray keeps those with the actor, for each of its starts.
+
+    What is larger than 100 kB it would keep with the driver, which may be gone when a shard is started again.
+    """
+    return zlib.compress(cloudpickle.dumps(hollow(part)))
+
+
 @ray.remote
 class _ShardActor:
     """A `Shard` in a process of its own."""
 
-    def __init__(self, part: nn.Module, rule: Rule, options: dict[str, Any]) -> None:
-        self._shard = Shard(part, rule, **options)
+    def __init__(self, part: bytes, rule: Rule, options: dict[str, Any]) -> None:
+        self._shard = Shard(cloudpickle.loads(zlib.decompress(part)), rule, **options)
 
     def pull(self) -> Answer:
         return self._shard.pull()

@@ -283,6 +283,10 @@ class AsynchronousTrainer:
             raise ValueError(
                 f"folder={self.folder}: a training of other data or options is there; choose another folder"
             )
+        best = self.folder / "model.pt"  # which may be of a later look than the driver has lived to save
+        if best.exists():
+            with reading(self.folder):
+                state["best"] = min(state["best"], checkpoint.load(best).get("loss", math.inf))
         self._state = state
 
     def _save(self, server: ParameterServer, crew: Crew) -> None:

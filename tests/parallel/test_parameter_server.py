@@ -1,0 +1,25 @@
+"""What shards of a parameter server are started from."""
+
+from __future__ import annotations
+
+import zlib
+from importlib.util import find_spec
+
+import pytest
+from torch import nn
+
+if find_spec("ray") is None:  # which is not imported here: quadric does, asking for tokens
+    pytest.skip("asynchronous training needs ray: pip install 'quadric[async]'", allow_module_level=True)
+
+
+def test_a_part_travels_without_its_numbers() -> None:
+    """Of any size, and of many layers: Ray would leave more than 100 kB with the driver."""
+    from quadric.parallel.engine import cloudpickle
+    from quadric.parallel.parameter_server import packed
+
+    deep = nn.Sequential(*(nn.Linear(3, 3) for _ in range(500)), nn.Linear(500, 2000))
+    sent = packed(deep)
+    assert len(sent) < 100_000
+    arrived = cloudpickle.loads(zlib.decompress(sent))
+    assert {name: p.shape for name, p in arrived.named_parameters()} == {n: p.shape for n, p in deep.named_parameters()}
+    assert not any(bool(p.any()) for p in arrived.parameters())
