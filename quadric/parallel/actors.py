@@ -12,7 +12,6 @@ from quadric.parallel.engine import ActorUnavailableError, RayError, RayTaskErro
 from quadric.parallel.exchange import Answer, Push
 from quadric.parallel.worker import Link
 
-
 logger = logging.getLogger(__name__)
 
 SILENT_SECONDS = 60.0

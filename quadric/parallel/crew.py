@@ -6,6 +6,7 @@ that die; whatever dies, it asks the shards, and deals out what is missing.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -168,14 +169,18 @@ class Crew:
         hand.pending[hand.actor.begin.remote(self._incarnation, self.buffers())] = []
         self._incarnation += 1
 
-    def _deal(self) -> None:
+    def deal_ahead(self, seconds: float) -> None:
+        """Gives the workers what they can do while nobody deals for so long."""
+        self._deal(leases=2 + math.ceil(seconds / LEASE_SECONDS))
+
+    def _deal(self, *, leases: int = 2) -> None:
         """Gives each worker what it does and what it does next."""
         now, overdue = time.monotonic(), self._overdue
         warm = int(self.ledger.settled[: self._alone].sum()) < min(self._alone, len(self.ledger.settled))
         for number, hand in self.hands.items():
             if hand.dropped or hand.pid is None or (warm and hand is not self._first(hand, now, overdue)):
                 continue
-            while len(hand.pending) < 2:
+            while len(hand.pending) < leases:
                 count = min(hand.lease, max(1, self.ledger.left // (4 * len(self.hands))))
                 if warm:
                     count = 1

@@ -94,6 +94,7 @@ class AsynchronousTrainer:
         server = secrets.token_hex(8)  # a name that no other training in a shared cluster has
         progress = {**counts, "done": False, "model": None, "buffers": [buffer.clone() for buffer in model.buffers()]}
         self._state: dict[str, Any] = {**progress, "fingerprint": fingerprint, "server": server}
+        self._looking = 0.0  # seconds that the last look has taken
         _check_steps(model, options.rule(method, len(self.units))[0])
 
     def fit(self, *, progress: Progress = silent, what: str = "training") -> Mapping[str, Any]:
@@ -235,6 +236,8 @@ class AsynchronousTrainer:
 
     def _look(self, server: ParameterServer, crew: Crew, live: _Live) -> None:
         """Scores on the held-out data; the parameters are kept where they are the best so far."""
+        crew.deal_ahead(self._looking)
+        start = time.monotonic()
         server.load_into(self.model)
         self._give_buffers(crew.buffers())
         done = len(self.units) - crew.ledger.left
@@ -256,6 +259,7 @@ class AsynchronousTrainer:
         self._metrics.append({**place, **live.record(), **{f"dev_{name}": value for name, value in scores.items()}})
         told = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
         logger.info("push %d of %d: held-out %s", done, len(self.units), told)
+        self._looking = time.monotonic() - start
 
     def _give_buffers(self, buffers: Sequence[Tensor]) -> None:
         """Gives the model these running statistics."""
