@@ -303,7 +303,8 @@ def _asynchronously(chosen: argparse.Namespace) -> list[str]:
             raise ValueError(f"--workers {chosen.workers}: is of asynchronous training; give --async as well")
         return []
     others = (f"{name}=none" for name in TRAININGS if name != "averaged")
-    return [*others, "averaged.epochs=1", f"asynchronous.workers={chosen.workers or 2}"]
+    workers = 2 if chosen.workers is None else chosen.workers
+    return [*others, "averaged.epochs=1", f"asynchronous.workers={workers}"]
 
 
 def _train_on(communicator: Communicator, chosen: argparse.Namespace) -> None:

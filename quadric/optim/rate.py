@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quadric.comm.communicator import Communicator, Solo
 from quadric.loss.loss import Loss
@@ -64,6 +65,7 @@ def sgd_cost(
     *,
     autocast: torch.dtype | None = None,
     seed: int = 0,
+    delay: int = 0,
     communicator: Communicator = Solo(),
 ) -> Callable[[float], float]:
     """The cost of a rate for `search_rate`: of what SGD at that rate makes of the model in one pass over a subset.
@@ -77,6 +79,7 @@ def sgd_cost(
         minibatches: of each step, the micro-batches of this rank.
         autocast, communicator: as in `Objective`.
         seed: of the random layers.
+        delay: steps that a gradient waits before it is applied, as that of a worker does while others push theirs.
 
     >>> from quadric.loss.loss import SquaredError
     >>> model = nn.Linear(1, 1, bias=False)
@@ -85,20 +88,30 @@ def sgd_cost(
     1.0
 
     Raises:
-        ValueError: there is no minibatch.
+        ValueError: there is no minibatch; a negative delay.
     """
     if not minibatches:
         raise ValueError("minibatches is empty: give one at least")
+    if delay < 0:
+        raise ValueError(f"delay={delay}: must not be negative")
     everything = [batch for minibatch in minibatches for batch in minibatch]
 
     def cost(rate: float) -> float:
         trial = copy.deepcopy(model).train()
-        optimizer = torch.optim.SGD([p for p in trial.parameters() if p.requires_grad], lr=rate)
+        parameters = [p for p in trial.parameters() if p.requires_grad]
+        optimizer, waiting = torch.optim.SGD(parameters, lr=rate), deque[list[Tensor | None]]()
         common = {"autocast": autocast, "communicator": communicator}
         for number, minibatch in enumerate(minibatches):
-            value = optimizer.step(Objective(trial, loss, minibatch, seed=seed + number, **common))  # type: ignore[arg-type]
+            value = Objective(trial, loss, minibatch, seed=seed + number, **common)()  # type: ignore[arg-type]
             if not math.isfinite(float(value)):
                 return math.inf
+            waiting.append([p.grad for p in parameters])
+            last = number + 1 == len(minibatches)
+            while waiting and (last or len(waiting) > delay):
+                for p, gradient in zip(parameters, waiting.popleft(), strict=True):
+                    p.grad = gradient
+                optimizer.step()
+            optimizer.zero_grad()
         objective = Objective(trial, loss, everything, seed=seed, **common)  # type: ignore[arg-type]
         return objective.value(objective.space.point())
 

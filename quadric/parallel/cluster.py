@@ -96,6 +96,7 @@ class Cluster:
         self._left.set()
         if self.own:
             _end(self._folder)
+        stay_on_loopback(False)
         for name in _VARIABLES:  # those that joining has changed, as they were
             os.environ.pop(name, None)
             if name in self._before:
@@ -184,9 +185,11 @@ def _end(folder: Path) -> None:
 
 
 def _clear(folder: Path) -> None:
-    """Removes what is known of a Ray, and what one that was killed has left."""
+    """Removes what is known of a Ray, and what one that was killed has left, processes included."""
     with suppress(FileNotFoundError, ValueError, KeyError):
-        place = Path(json.loads((folder / _ABOUT).read_text())["place"])
+        about = json.loads((folder / _ABOUT).read_text())
+        _kill_session(about["pid"])
+        place = Path(about["place"])
         if place.name.startswith(_PREFIX):
             shutil.rmtree(place, ignore_errors=True)
     (folder / _ABOUT).unlink(missing_ok=True)
@@ -201,17 +204,18 @@ def _kill_session(leader: int) -> None:
     """Ends what a Ray has left, such as a worker that is stopped: all are in the session of its first process."""
     for entry in Path("/proc").iterdir():
         with suppress(ValueError, OSError):
-            if os.getsid(int(entry.name)) == leader:
+            if os.getsid(int(entry.name)) == leader and b"ray" in (entry / "cmdline").read_bytes():
                 os.kill(int(entry.name), signal.SIGKILL)
 
 
 def _check_token(address: str) -> None:
     """Refuses a cluster that other machines reach and that lets in whoever comes."""
-    if address == "auto":
-        raise ValueError("RAY_ADDRESS=auto: give HOST:PORT, as `ray start --head` has told it")
+    if not address.rpartition(":")[2].isdecimal():
+        raise ValueError(f"RAY_ADDRESS={address}: give HOST:PORT, as `ray start --head` has told it")
     host = address.removeprefix("ray://").rsplit(":", 1)[0].strip("[]")
     if host == "localhost" or _is_loopback(host):
         os.environ.update({name: value for name, value in LOOPBACK.items() if name not in os.environ})
+        stay_on_loopback()
     known = [os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")]
     if os.environ.get("RAY_AUTH_MODE") != "token" or not (any(known) or (Path.home() / ".ray/auth_token").is_file()):
         raise ValueError(

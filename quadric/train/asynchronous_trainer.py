@@ -13,7 +13,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from quadric.loss.loss import Loss
 from quadric.optim.averaged import train_mode
 from quadric.optim.block_diagonal import BlockDiagonal
 from quadric.parallel.exchange import Verdict
+from quadric.parallel.partition import partition
 from quadric.parallel.shard import Rule
 from quadric.parallel.units import Units
 from quadric.parallel.worker import Report
@@ -90,12 +91,18 @@ class AsynchronousTrainer:
         fingerprint = digest(
             self.units.fingerprint(), self._space.names, asynchronous_key(options), method, repr(loss), autocast, seed
         )
-        counts = {"looks": 0, "update": 0, "stale": 0, "lost": 0, "seconds": 0.0, "best": math.inf}
+        counts = {"looks": 0, "update": 0, "stale": 0, "told": 0, "lost": 0, "seconds": 0.0, "best": math.inf}
         server = secrets.token_hex(8)  # a name that no other training in a shared cluster has
         progress = {**counts, "done": False, "model": None, "buffers": [buffer.clone() for buffer in model.buffers()]}
         self._state: dict[str, Any] = {**progress, "fingerprint": fingerprint, "server": server}
         self._looking = 0.0  # seconds that the last look has taken
-        _check_steps(model, options.rule(method, len(self.units))[0])
+        _check_steps(model, options.rule(method, len(self.units))[0], method.name)
+        partition(model, options.shards)
+        if len(self.units) < options.workers:
+            logger.warning(
+                "%s: %d pushes in all for %d workers: give fewer gradient_frames, or a smaller asynchronous.every",
+                method.name, len(self.units), options.workers,
+            )  # fmt: skip
 
     def fit(self, *, progress: Progress = silent, what: str = "training") -> Mapping[str, Any]:
         """Trains to the end, from the saved state if there is one; returns the record of ``model.pt``.
@@ -142,6 +149,7 @@ class AsynchronousTrainer:
         stack.callback(_where, cluster, server.stop)
         crew = self._crew(server, cluster)
         stack.callback(_where, cluster, crew.end)
+        self._tell_lost(len(self.units) - crew.ledger.left)
         live = _Live(what, sum(server.sizes), len(self.units))
         if not self._metrics.records():
             self._look(server, crew, live)
@@ -173,7 +181,9 @@ class AsynchronousTrainer:
             cluster.check()
             for sentence in tick.news:
                 logger.info("%s", sentence)
-            live.take(tick, crew.ledger.left)
+            if live.take(tick, crew.ledger.left):  # what a person has seen is not forgotten when all is killed
+                self._state["told"] = len(self.units) - crew.ledger.left
+                checkpoint.save(self._state, self.folder / "driver.pt")
             self._state["lost"], lost = self._state["lost"] + crew.lost - lost, crew.lost
             looks = self.evaluations * (len(self.units) - crew.ledger.left) // len(self.units)
             if crew.ledger.left and looks > self._state["looks"]:
@@ -204,16 +214,17 @@ class AsynchronousTrainer:
         from quadric.parallel.parameter_server import ParameterServer
 
         rule, schedule = self.options.rule(self.method, len(self.units))
-        return ParameterServer(
-            f"{self.folder.name}-{self._state['server']}",
-            self.model,
-            rule,
-            folder=self.folder / "server",
-            shards=self.options.shards,
-            units=len(self.units),
-            schedule=schedule,
-            bounds=self.options.bounds,
-        )
+        with _server_in(self.folder):
+            return ParameterServer(
+                f"{self.folder.name}-{self._state['server']}",
+                self.model,
+                rule,
+                folder=self.folder / "server",
+                shards=self.options.shards,
+                units=len(self.units),
+                schedule=schedule,
+                bounds=self.options.bounds,
+            )
 
     def _crew(self, server: ParameterServer, cluster: Cluster) -> Crew:
         from quadric.parallel.crew import Crew
@@ -246,8 +257,8 @@ class AsynchronousTrainer:
         scores = {} if self.held_out is None else evaluate(self.model, self.loss, self.held_out, autocast=self.autocast)
         if not math.isfinite(scores.get("loss", 0.0)):
             raise Diverged(
-                f"the held-out loss is {scores['loss']} after push {done}: training diverged; lower the learning rate "
-                f"or clip (the log is in {self.folder})"
+                f"the held-out loss is {scores['loss']} after push {done}: {self.method.name} diverged; lower its "
+                f"lr={getattr(self.method, 'lr', None)}, or give asynchronous.clip (the log is in {self.folder})"
             )
         self._state["update"] = done
         self._state["stale"] += 1
@@ -261,6 +272,12 @@ class AsynchronousTrainer:
         logger.info("push %d of %d: held-out %s", done, len(self.units), told)
         self._looking = time.monotonic() - start
 
+    def _tell_lost(self, done: int) -> None:
+        """Says what the server has lost since a driver before this told of it: both have been killed."""
+        if (lost := self._state["told"] - done) > 0:
+            logger.info("the server was started again: %d pushes were lost, and are done again", lost)
+            self._state["lost"] += lost
+
     def _give_buffers(self, buffers: Sequence[Tensor]) -> None:
         """Gives the model these running statistics."""
         with torch.no_grad():
@@ -270,18 +287,19 @@ class AsynchronousTrainer:
     def _tell_counts(self, server: ParameterServer, crew: Crew) -> None:
         """What became of all pushes."""
         counts = server.counts()
-        sums = {verdict: sum(count[verdict.name.lower()] for count in counts) for verdict in Verdict}
-        refused = {verdict: number for verdict, number in sums.items() if number and verdict is not Verdict.APPLIED}
+        most = {verdict: max(count[verdict.name.lower()] for count in counts) for verdict in Verdict}
+        refused = {verdict: number for verdict, number in most.items() if number and verdict is not Verdict.APPLIED}
         told = "".join(f"; {number} refused: {verdict}" for verdict, number in refused.items())
         again = self._state["lost"]
         lost = f"; {again} lost by shards that died, and done again" if again else ""
-        logger.info("%d pushes applied by %d shards%s%s", sums[Verdict.APPLIED], len(counts), told, lost)
+        shards = f" by each of {len(counts)} shards" if len(counts) > 1 else ""
+        logger.info("%d pushes applied%s%s%s", most[Verdict.APPLIED], shards, told, lost)
 
     def _load(self) -> None:
         file = self.folder / "driver.pt"
         if not file.exists():
             return
-        with reading(self.folder):
+        with reading(file):
             state = checkpoint.load(file)
         if state["fingerprint"] != self._state["fingerprint"]:
             raise ValueError(
@@ -296,8 +314,20 @@ class AsynchronousTrainer:
     def _save(self, server: ParameterServer, crew: Crew) -> None:
         """What the driver knows, after what the shards do: it never tells of pushes that they lack."""
         server.save()
-        self._state["buffers"] = crew.buffers()
+        self._state |= {"buffers": crew.buffers(), "told": len(self.units) - crew.ledger.left}
         checkpoint.save(self._state, self.folder / "driver.pt")
+
+
+@contextmanager
+def _server_in(folder: Path) -> Iterator[None]:
+    """Says what to do where a shard's checkpoint is damaged."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, OSError) as error:
+        raise ValueError(
+            f"the server's checkpoints in {folder / 'server'} do not serve ({error}): delete {folder}, and the same "
+            "command begins this training anew"
+        ) from error
 
 
 def _where(cluster: Cluster, end: Callable[[], None]) -> None:
@@ -313,16 +343,18 @@ class _Live:
         self._what, self._units = what, units
         self._lately, self._since_look = _Window(parameters), _Window(parameters)
 
-    def take(self, tick: Tick, left: int) -> None:
-        """Counts the reports, and says how it goes now and then."""
+    def take(self, tick: Tick, left: int) -> bool:
+        """Counts the reports, and says how it goes now and then; whether it has."""
         self._lately.add(tick.reports)
         self._since_look.add(tick.reports)
-        if self._lately.reports and self._lately.seconds > LIVE_SECONDS:
+        due = bool(self._lately.reports) and self._lately.seconds > LIVE_SECONDS
+        if due:
             told = self._lately.summed()
             logger.info(
                 "%s: push %d of %d, loss %.4f, %.1f pushes/s, %.1f MB/s, staleness %s",
                 self._what, self._units - left, self._units, *told.values(),
             )  # fmt: skip
+        return due
 
     def record(self) -> dict[str, float | str]:
         """Since the last look, for the log."""
@@ -361,7 +393,7 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-def _check_steps(model: nn.Module, rule: Rule) -> None:
+def _check_steps(model: nn.Module, rule: Rule, name: str) -> None:
     """Refuses an optimiser that cannot step on gradients alone, by trying it on a copy."""
     trial = copy.deepcopy(model)
     try:
@@ -374,6 +406,6 @@ def _check_steps(model: nn.Module, rule: Rule) -> None:
         optimizer.step()
     except Exception as error:  # an optimiser may refuse in any way it likes
         raise ValueError(
-            f"the optimiser cannot step on gradients alone, as a parameter server has it to ({error}): take another, "
-            "such as averaged_sgd, SGD or AdamW"
+            f"{name}: the optimiser cannot step on gradients alone, as a parameter server has it to ({error}): take "
+            "another, such as averaged_sgd, SGD or AdamW"
         ) from error

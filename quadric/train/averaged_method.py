@@ -62,6 +62,7 @@ class AveragedSGDMethod(Method):
         stream: Stream,
         *,
         autocast: bool = False,
+        delay: int = 0,
         communicator: Communicator = Solo(),
     ) -> dict[str, float]:
         """The rate, unless it is given."""
@@ -73,7 +74,8 @@ class AveragedSGDMethod(Method):
             minibatches.append(stream.draw(self.gradient_frames))
         stream.load_state_dict(place)
         low = torch.bfloat16 if autocast else None
-        return {"lr": search_rate(sgd_cost(model, loss, minibatches, autocast=low, communicator=communicator))}
+        cost = sgd_cost(model, loss, minibatches, autocast=low, delay=delay, communicator=communicator)
+        return {"lr": search_rate(cost)}
 
     def build(self, model: nn.Module, communicator: Communicator = Solo()) -> Optimizer:
         if self.lr is None:

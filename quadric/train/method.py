@@ -78,12 +78,13 @@ class Method(ABC):
         stream: Stream,
         *,
         autocast: bool = False,
+        delay: int = 0,
         communicator: Communicator = Solo(),
     ) -> dict[str, float]:
         """The options that are left to be found from the data; by default none is.
 
-        ``model`` is where training will start, ``stream`` what it will see, on several ranks each its own shard. Both
-        stay as they are. See `settled`.
+        ``delay`` is how many updates old a gradient will be when it is applied. ``model`` is where training will start,
+        ``stream`` what it will see, on several ranks each its own shard. Both stay as they are. See `settled`.
         """
         return {}
 
@@ -348,6 +349,7 @@ def settled(
     folder: Path,
     *,
     autocast: bool = False,
+    delay: int = 0,
     communicator: Communicator = Solo(),
 ) -> Method:
     """The method with the options it leaves to be found from the data, which the training's folder remembers.
@@ -361,7 +363,7 @@ def settled(
             found = dict(json.loads(file.read_text())["options"])
     else:
         start = time.monotonic()
-        found = method.search(model, loss, stream, autocast=autocast, communicator=communicator)
+        found = method.search(model, loss, stream, autocast=autocast, delay=delay, communicator=communicator)
         if found:
             record = {"options": found, "seconds": time.monotonic() - start}
             communicator.first("keeping what was found", partial(write_json, file, record))

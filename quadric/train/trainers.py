@@ -37,7 +37,8 @@ def trainer_of(
     """
     if asynchronous is not None and communicator.size > 1:
         raise ValueError(f"{communicator.size} ranks: asynchronous training has workers of its own; start it on one")
-    method = settled(method, model, loss, stream, folder, autocast=autocast, communicator=communicator)
+    delay = 0 if asynchronous is None else (asynchronous.workers - 1) * asynchronous.every
+    method = settled(method, model, loss, stream, folder, autocast=autocast, delay=delay, communicator=communicator)
     if asynchronous is not None:
         return AsynchronousTrainer(
             model,

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from quadric.data.examples import ExampleStream
 from quadric.loss.loss import CrossEntropy
+from quadric.train import asynchronous_trainer
 from quadric.train.asynchronous import Asynchronous
 from quadric.train.asynchronous_trainer import AsynchronousTrainer
 from quadric.train.averaged_method import AveragedSGDMethod
@@ -72,6 +73,7 @@ def say(**told: Any) -> None:
 
 
 def main() -> None:
+    asynchronous_trainer.LIVE_SECONDS = 0.5
     options = json.loads(sys.argv[2])
     seconds, rows, bad = options.pop("seconds", 0.01), options.pop("rows", 2000), options.pop("bad", 0)
     norm, last_kill = options.pop("norm", False), options.pop("last_kill", False)
@@ -103,7 +105,11 @@ def main() -> None:
     except (RuntimeError, ValueError) as error:
         say(error=str(error))
     else:
-        say(best={name: value for name, value in best.items() if name != "model"}, units=len(trainer.units))
+        say(
+            best={name: value for name, value in best.items() if name != "model"},
+            units=len(trainer.units),
+            lost=trainer._state["lost"],
+        )
 
 
 if __name__ == "__main__":
