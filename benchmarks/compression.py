@@ -58,7 +58,7 @@ class Workers:
         self.compressors = [build(parameters) if build else None for _ in range(count)]
         self.plain, self.sent, self.steps = 0, 0, 0
 
-    def mean(self, gradients: Sequence[Tensor], *, whole: bool) -> Tensor:
+    def mean(self, gradients: Sequence[Tensor], *, whole: bool = False) -> Tensor:
         """Of what all send: their messages, or gradients whole."""
         total, count = torch.zeros_like(gradients[0]), len(gradients)
         self.plain += sum(gradient.nbytes for gradient in gradients)

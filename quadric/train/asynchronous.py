@@ -119,7 +119,8 @@ def check_methods(options: Asynchronous | None, methods: Mapping[str, Method]) -
     second = [name for name, method in methods.items() if isinstance(method, SecondOrderMethod)]
     if second:
         others = " ".join(f"{name}=none" for name in second)
-        raise ValueError(f"asynchronous: {', '.join(second)} cannot be: leave out with {others}")
+        names = ", ".join(second)
+        raise ValueError(f"asynchronous: {names} takes steps that no parameter server can: leave out with {others}")
     own = [name for name, method in methods.items() if _averages(method)]
     if options.sends != "gradients" and own:
         raise ValueError(

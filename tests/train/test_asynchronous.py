@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,16 @@ def trainer(method: Method, folder: Path, **options: Any) -> AsynchronousTrainer
 def test_an_optimiser_that_needs_more_than_gradients_is_refused(method: Method, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"cannot step on gradients alone, .* take another, such as averaged_sgd"):
         trainer(method, tmp_path)
+
+
+def test_a_damaged_checkpoint_of_the_server_is_named_with_the_remedy(tmp_path: Path) -> None:
+    pytest.importorskip("quadric.parallel.engine", reason="asynchronous training needs ray", exc_type=ImportError)
+    made = trainer(AveragedSGDMethod(lr=0.1), tmp_path)
+    begin(made.model, tmp_path / "server" / "shard-0", units=len(made.units))
+    for file in (tmp_path / "server" / "shard-0").rglob("*.distcp"):
+        os.truncate(file, 100)
+    with pytest.raises(ValueError, match=rf"checkpoints in {tmp_path}/server do not serve .*: delete {tmp_path}, and"):
+        made._server()
 
 
 @pytest.mark.parametrize(
@@ -125,7 +136,9 @@ def test_a_folder_of_another_training_is_refused(tmp_path: Path) -> None:
 
 
 def test_second_order_trainings_are_refused() -> None:
-    with pytest.raises(ValueError, match="hessian_free cannot be: leave out with hessian_free=none"):
+    with pytest.raises(
+        ValueError, match="hessian_free takes steps that no parameter server can: leave out with hessian_free=none"
+    ):
         TaskJob("a", Autoencoding("curves"), hessian_free=HessianFree(), asynchronous=Asynchronous())
 
 
