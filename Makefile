@@ -22,9 +22,10 @@ demo: venv
 test: venv
 	@echo "ruff check" && $(BIN)/ruff check --quiet .
 	@echo "ruff format" && $(BIN)/ruff format --quiet --check .
-	@echo "mypy" && $(BIN)/mypy --no-error-summary
 	@echo "lint-imports" && out=$$($(BIN)/lint-imports 2>&1) || { echo "$$out"; exit 1; }
-	@echo "pytest" && OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	@echo "mypy, pytest"; $(BIN)/mypy --no-error-summary & types=$$!; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder; tests=$$?; \
+	wait $$types || { echo "mypy has found errors, above"; exit 1; }; exit $$tests
 
 clean:
 	rm -rf .venv build dist exp .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -23,21 +23,6 @@ settings.register_profile("quadric", deadline=None, derandomize=True)
 settings.load_profile("quadric")
 
 
-LONG = ("train/", "distributed/", "test_cli.py")
-"""Where tests take longest: what begins first does not end alone."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the files that take longest first."""
-    here = Path(__file__).parent
-
-    def rank(item: pytest.Item) -> int:
-        path = item.path.relative_to(here).as_posix() if item.path.is_relative_to(here) else ""
-        return next((k for k, start in enumerate(LONG) if path.startswith(start)), len(LONG))
-
-    items.sort(key=rank)
-
-
 @pytest.fixture(autouse=True)
 def _seeded() -> Iterator[None]:
     """Each test starts from the same random numbers, and leaves the number of threads as it was."""

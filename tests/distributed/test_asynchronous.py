@@ -253,12 +253,12 @@ def test_a_warm_start_whose_worker_is_stopped_goes_on_with_another(start: Callab
 
 
 def test_a_ray_that_has_died_is_told_and_another_takes_its_place(start: Callable[..., Job]) -> None:
-    job = start(seconds=0.02, rows=6000)
-    job.underway()
+    job = start(seconds=0.02, rows=20_000)
+    job.underway(units=150)  # more than a second's: a driver tells of some, and keeps that it has
     os.kill(json.loads((job.folder / "ray" / "ray.json").read_text())["pid"], signal.SIGKILL)
     assert "the Ray of this training has ended" in job.end()["error"]
     job.hurry()
-    second = start(seconds=0.02, rows=6000)
+    second = start(seconds=0.02, rows=20_000)
     end = second.end()
     once_each(second, end)
     assert end["lost"] > 0, "the first driver has told of pushes that the server has lost with it"
