@@ -47,6 +47,15 @@ def test_an_optimiser_that_needs_more_than_gradients_is_refused(method: Method, 
         trainer(method, tmp_path)
 
 
+def test_what_server_and_driver_have_lost_together_counts(tmp_path: Path) -> None:
+    made = trainer(AveragedSGDMethod(lr=0.1), tmp_path)
+    made._state["told"] = 30
+    made._tell_lost(30)
+    assert made._state["lost"] == 0
+    made._tell_lost(18)
+    assert made._state["lost"] == 12
+
+
 def test_a_damaged_checkpoint_of_the_server_is_named_with_the_remedy(tmp_path: Path) -> None:
     pytest.importorskip("quadric.parallel.engine", reason="asynchronous training needs ray", exc_type=ImportError)
     made = trainer(AveragedSGDMethod(lr=0.1), tmp_path)
