@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import ASGD, SGD, Adam, Optimizer
 
-from quadric.loss.loss import CrossEntropy
+from quadric.loss.loss import CrossEntropy, SquaredError
 from quadric.objective.objective import Objective
 from quadric.optim import averaged as module
 from quadric.optim.averaged import AveragedSGD, at_average, averaged_sgd, train_mode
@@ -336,3 +337,35 @@ def test_an_objective_is_a_closure() -> None:
     optimizer = averaged_sgd(model.parameters(), lr=0.5)
     values = [float(optimizer.step(objective)) for _ in range(20)]
     assert values == sorted(values, reverse=True)
+
+
+def test_the_cost_under_a_delay_is_that_of_gradients_that_wait() -> None:
+    """x <- x - rate * x_before of f = x^2 / 2: at the rate 1.5 SGD converges, and delayed by two steps it diverges."""
+    model = nn.Linear(1, 1, bias=False).double()
+    nn.init.ones_(model.weight)
+    batch = (torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64))
+    rate, steps = 1.5, 12
+    ends = {}
+    for delay in (0, 2):
+        x = [1.0]
+        waiting: list[float] = []
+        for _ in range(steps):
+            waiting.append(x[-1])
+            x.append(x[-1] - rate * waiting.pop(0) if len(waiting) > delay else x[-1])
+        for late in waiting:
+            x.append(x[-1] - rate * late)
+        ends[delay] = x[-1]
+        cost = sgd_cost(model, SquaredError(), [[batch]] * steps, delay=delay)
+        scale = sgd_cost(model, SquaredError(), [[batch]], delay=0)(1e-12)  # of the loss at x = 1
+        assert cost(rate * gradient_at_one(model, batch)) == pytest.approx(scale * x[-1] ** 2, rel=1e-6)
+    assert abs(ends[0]) < 0.01 < 1 < abs(ends[2])
+    with pytest.raises(ValueError, match="delay=-1: must not be negative"):
+        sgd_cost(model, SquaredError(), [[batch]], delay=-1)
+
+
+def gradient_at_one(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> float:
+    """What makes a rate one of f = x^2 / 2, whatever constant the loss has."""
+    trial = copy.deepcopy(model)
+    SquaredError()(trial(batch[0]), batch[1]).sum().backward()
+    (gradient,) = [float(p.grad) for p in trial.parameters() if p.grad is not None]
+    return 1 / gradient

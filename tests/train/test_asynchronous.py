@@ -181,6 +181,9 @@ def test_the_command_lines_flags_stand_for_options() -> None:
     job = cli.make_job("autoencoder", [*cli._asynchronously(parsed), *parsed.overrides])
     assert list(job.methods) == ["averaged_sgd"]
     assert job.asynchronous is not None and job.asynchronous.workers == 3
+    none = cli._parser().parse_args(["train", "autoencoder", "images=curves", "--async", "--workers", "0"])
+    with pytest.raises(ValueError, match=r"workers=0: must be positive"):
+        cli.make_job("autoencoder", [*cli._asynchronously(none), *none.overrides])
     alone = cli._parser().parse_args(["train", "autoencoder", "--workers", "3"])
     with pytest.raises(ValueError, match="--workers 3: is of asynchronous training; give --async as well"):
         cli._asynchronously(alone)
