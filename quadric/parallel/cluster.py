@@ -137,7 +137,7 @@ def _start(folder: Path, cpus: int, memory: int | None) -> str:
         try:
             about = _awaited(folder, head)
         except BaseException:
-            _kill(head.pid)
+            _kill_session(head.pid)
             raise
     os.environ.update(_environment(token))
     return str(about["address"])
@@ -195,16 +195,12 @@ def _clear(folder: Path) -> None:
     (folder / _ABOUT).unlink(missing_ok=True)
 
 
-def _kill(group: int) -> None:
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(group, signal.SIGKILL)
-
-
 def _kill_session(leader: int) -> None:
     """Ends what a Ray has left, such as a worker that is stopped: all are in the session of its first process."""
     for entry in Path("/proc").iterdir():
         with suppress(ValueError, OSError):
-            if os.getsid(int(entry.name)) == leader and b"ray" in (entry / "cmdline").read_bytes():
+            command = (entry / "cmdline").read_text()
+            if os.getsid(int(entry.name)) == leader and ("ray" in command or _ARGUMENT in command):
                 os.kill(int(entry.name), signal.SIGKILL)
 
 

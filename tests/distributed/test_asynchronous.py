@@ -123,6 +123,7 @@ def test_workers_train_together_refuse_what_is_not_finite_and_leave_nothing_runn
     assert first["not_finite"] == second["not_finite"] > 0
     assert [count["applied"] + count["not_finite"] for count in job.counts] == [end["units"]] * 2 == [200] * 2
     assert end["best"]["accuracy"] > 0.7
+    assert json.loads((job.folder / "metrics.jsonl").read_text().splitlines()[-1])["update"] == 200
     warm = [worker for told in job.said for worker, unit, _ in told.get("reports", []) if unit < 10][:10]
     assert len(warm) == 10 and len(set(warm)) == 1, "the warm start is one worker's alone"
     assert not alive(job.processes(), patience=10)

@@ -43,9 +43,8 @@ def cluster(tmp_path: Path) -> Iterator[tuple[str, str]]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     token = secrets.token_hex(32)
-    with tempfile.TemporaryDirectory(
-        prefix="quadric-", ignore_cleanup_errors=True
-    ) as place:  # sockets want a short path
+    short = tempfile.TemporaryDirectory(prefix="quadric-", ignore_cleanup_errors=True)  # as sockets want it
+    with short as place:
         command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={port}"]
         command += ["--node-ip-address=127.0.0.1", "--num-cpus=1", "--object-store-memory=100000000"]
         command += ["--include-dashboard=false", "--disable-usage-stats", f"--temp-dir={place}"]
