@@ -90,7 +90,7 @@ def drive(folder: Path, parameters: int, rows: int) -> None:
             "time": time.time(),
             "reports": [(report.worker, report.unit) for report in tick.reports],
             "news": tick.news,
-            "workers": {number: (hand.pid, hand.incarnation) for number, hand in crew.hands.items()},
+            "workers": {number: hand.pid for number, hand in crew.hands.items()},
             "lost": crew.lost,
         }
         print(json.dumps(told), flush=True)
@@ -109,9 +109,7 @@ class Driver:
 
     def __init__(self, folder: Path, parameters: int, rows: int = ROWS) -> None:
         command = [sys.executable, __file__, "--drive", str(folder), "--parameters", str(parameters)]
-        self.process = subprocess.Popen(
-            [*command, "--rows", str(rows)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        )
+        self.process = subprocess.Popen([*command, "--rows", str(rows)], stdout=subprocess.PIPE)
         assert self.process.stdout is not None
         os.set_blocking(self.process.stdout.fileno(), False)
         self.told: list[dict[str, Any]] = []
@@ -133,11 +131,14 @@ class Driver:
                 return found
             if self.process.poll() is not None:
                 self.read()
-                break
+                if found := holds():
+                    return found
+                raise RuntimeError(f"the driver has ended, with {self.process.returncode}: see above")
             time.sleep(0.005)
         raise RuntimeError(f"the driver told nothing of it in {seconds} s")
 
-    def workers(self) -> Mapping[str, tuple[int, int]]:
+    def workers(self) -> Mapping[str, int | None]:
+        """The processes of the workers; None: not there yet."""
         return next((told["workers"] for told in reversed(self.told) if "workers" in told), {})
 
     def busy(self, since: int = 0) -> bool:
@@ -164,20 +165,22 @@ def gap(shards: Sequence[Any], seconds: float) -> float:
 
 
 def kill_worker(driver: Driver, shards: Sequence[Any]) -> dict[str, float]:
-    (pid, incarnation), start = driver.workers()["1"], time.time()
+    pid, start = driver.workers()["1"], time.time()
+    assert pid is not None  # it has reported
+    before = len(driver.told)
     os.kill(pid, signal.SIGKILL)
     longest = gap(shards, 5.0)
 
     def back() -> float | None:
-        there = [t["time"] for t in driver.told if "workers" in t and t["workers"]["1"][1] > incarnation
-                 and any(worker == 1 for worker, _ in t["reports"])]  # fmt: skip
-        return there[0] if there else None
+        of_another = (told for told in driver.told[before:] if told["workers"]["1"] not in (None, pid))
+        return next((told["time"] for told in of_another if any(worker == 1 for worker, _ in told["reports"])), None)
 
     return {"gap": longest, "back": driver.until(back) - start}
 
 
 def stop_worker(driver: Driver, shards: Sequence[Any]) -> dict[str, float]:
-    pid, _ = driver.workers()["1"]
+    pid = driver.workers()["1"]
+    assert pid is not None  # it has reported
     os.kill(pid, signal.SIGSTOP)
     longest = gap(shards, 3.0)
     os.kill(pid, signal.SIGCONT)
@@ -267,7 +270,7 @@ def whole(chosen: argparse.Namespace, kills: int, seed: int = 0) -> dict[str, An
                 driver.read()
                 with suppress(ProcessLookupError, ray.exceptions.RayError):
                     if rng.random() < 0.5:
-                        pid = rng.choice([pid for pid, _ in driver.workers().values() if pid is not None])
+                        pid = rng.choice([pid for pid in driver.workers().values() if pid is not None])
                     else:
                         pid = rng.choice(clocks(shards))["pid"]
                     os.kill(pid, signal.SIGKILL)
