@@ -62,14 +62,14 @@ class Batches(Objective):
     """An objective that shows its data, to optimisers that want to see it.
 
     Attributes:
-        batches: micro-batches of the gradient and of the curvature.
+        shown: micro-batches of the gradient and of the curvature.
     """
 
     def __init__(
         self, model: nn.Module, loss: Loss, gradient: list[MicroBatch], curvature: list[MicroBatch] | None, seed: int
     ) -> None:
         super().__init__(model, loss, gradient, curvature, seed=seed)
-        self.batches = gradient, curvature
+        self.shown = gradient, curvature
 
 
 class PyTorchHessianFree(torch.optim.Optimizer):
@@ -83,7 +83,7 @@ class PyTorchHessianFree(torch.optim.Optimizer):
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         objective: Batches = closure
-        gradient, curvature = objective.batches
+        gradient, curvature = objective.shown
 
         def mean(output: Tensor, target: Tensor) -> Tensor:
             return objective.loss(output, target) / len(target)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,14 +34,28 @@ from quadric.optim.sampling import Sizes
 from quadric.space import ParameterSpace
 
 Build = Callable[[Sequence[Tensor]], Compressor]
+
+
+def _adacomp(size: int, parameters: Sequence[Tensor]) -> AdaComp:
+    return AdaComp([p.numel() for p in parameters], size)
+
+
+def _cltk(share: float, parameters: Sequence[Tensor]) -> CLTk:
+    return CLTk(share)
+
+
+def _lowrank(rank: int, parameters: Sequence[Tensor]) -> LowRank:
+    return LowRank([p.shape for p in parameters], rank)
+
+
 METHODS: dict[str, Build | None] = {
     "none": None,
     "float16": lambda _: HalfPrecision(torch.float16),
     "bfloat16": lambda _: HalfPrecision(torch.bfloat16),
-    **{f"adacomp-{bin}": lambda ps, bin=bin: AdaComp([p.numel() for p in ps], bin) for bin in (50, 500)},
-    **{f"cltk-{share:g}": lambda _, share=share: CLTk(share) for share in (0.03, 0.01, 0.003, 0.001)},
+    **{f"adacomp-{size}": partial(_adacomp, size) for size in (50, 500)},
+    **{f"cltk-{share:g}": partial(_cltk, share) for share in (0.03, 0.01, 0.003, 0.001)},
     "cltk-0.01-filtered": lambda _: CLTk(0.01, memory=0.1),
-    **{f"lowrank-{rank}": lambda ps, rank=rank: LowRank([p.shape for p in ps], rank) for rank in (1, 2, 4)},
+    **{f"lowrank-{rank}": partial(_lowrank, rank) for rank in (1, 2, 4)},
 }
 """By name, for the parameters of a network."""
 

@@ -15,7 +15,7 @@ import torch
 from quadric.cli import make_speech_job
 from quadric.data.stream import FrameStream
 from quadric.loss.loss import CrossEntropy
-from quadric.model.acoustic import TDNN
+from quadric.model.acoustic import AcousticModel
 from quadric.objective.objective import Objective
 from quadric.optim.sampling import Sizes
 from quadric.recipes import RECIPES
@@ -37,18 +37,18 @@ class Speech:
         held_out: those of the development set.
     """
 
-    def __init__(self, model: TDNN, stream: FrameStream, held_out: FrameStream) -> None:
+    def __init__(self, model: AcousticModel, stream: FrameStream, held_out: FrameStream) -> None:
         self.model, self.stream, self.held_out = model, stream, held_out
         self._place = stream.state_dict()
 
-    def again(self) -> TDNN:
+    def again(self) -> AcousticModel:
         """A copy of the model, with the stream where it was: whoever starts from here sees the same."""
         self.stream.load_state_dict(self._place)
         return deepcopy(self.model)
 
     def objective(
         self,
-        model: TDNN,
+        model: AcousticModel,
         sizes: Sizes,
         update: int,
         *,
@@ -64,7 +64,7 @@ class Speech:
         drawn = self.stream.draw(sizes.gradient, parts)
         return kind(model, CrossEntropy(), drawn, curvature, autocast=autocast, seed=update)
 
-    def look(self, model: TDNN) -> dict[str, float]:
+    def look(self, model: AcousticModel) -> dict[str, float]:
         """Held-out ``loss`` a frame and ``accuracy``, the share of frames right, in the parameters' precision."""
         return evaluate(model, CrossEntropy(), self.held_out)
 

@@ -18,6 +18,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -106,7 +107,7 @@ def jvp_vjp(objective: Objective, inputs: Tensor, target: Tensor) -> Product:
             return functional_call(model, p, (inputs,))
 
         with torch.backends.mkldnn.flags(enabled=not _recurrent(model)):
-            output, tangent = jvp(forward, (parameters,), (dict(space.views(v)),))
+            output, tangent = jvp(forward, (parameters,), (dict(space.views(v)),))  # type: ignore[misc]
             curved = loss.curvature(output, target)(tangent)
             (gradient,) = vjp(forward, parameters)[1](curved)
         return space.flatten(gradient[name] for name in space.names) / objective.curvature_frames
@@ -193,7 +194,7 @@ def rows(name: str, rounds: int, device: torch.device) -> list[dict[str, object]
         "value_and_grad": lambda: objective.value_and_grad(theta),
         "setup": lambda: objective.curvature(theta),
     }
-    works |= {method: (lambda f=product: f(v)) for method, product in products.items()}
+    works |= {method: partial(product, v) for method, product in products.items()}
     found = seconds(works, rounds, device)
     return [
         {

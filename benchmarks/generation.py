@@ -132,7 +132,7 @@ def measure(
             assert len(list(threads.map(generator, scores))) == len(alone)
         together.append((middle - clock) / (time.perf_counter() - middle))
     arcs = sum(lattice.num_arcs for lattice in lattices) / frames
-    row = {"graph": name, "states": graph.num_states, "arcs": graph.num_arcs, "beam": options.beam,
+    row: dict[str, Any] = {"graph": name, "states": graph.num_states, "arcs": graph.num_arcs, "beam": options.beam,
            "lattice_beam": options.lattice_beam, "max_active": options.max_active, "ours": frames / min(seconds),
            "two_threads": max(together), "arcs_a_frame": arcs}  # fmt: skip
     theirs = ["", "", ""]

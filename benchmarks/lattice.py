@@ -134,7 +134,8 @@ def plain_batch(items: Sequence[Item], out: Sequence[PathSums], threads: int) ->
         lattice, scores, value = items[n]
         arrays = (lattice.source, lattice.target, lattice.pdf, lattice.weight, lattice.frames, lattice.final)
         occupancy, derivative = out[n].occupancy, out[n].derivative
-        return PathSums(*plain_sums(*arrays, scores, value, occupancy, derivative), occupancy, derivative)
+        log_z, mean = plain_sums(*arrays, scores, value, occupancy, derivative)
+        return PathSums(log_z, mean, occupancy, derivative)
 
     with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(one, range(len(items))))
@@ -157,13 +158,14 @@ class Levels:
             size = 1 if t + later == 0 else STATES
             return lambda one, arcs, n: getattr(one, which)[arcs].astype(np.int64) - one.levels[t + later] + n * size
 
+        def cell(t: int) -> Callable[[Lattice, slice, int], np.ndarray]:
+            return lambda one, arcs, n: (n * FRAMES + t) * self.pdfs + one.pdf[arcs]
+
         times = range(FRAMES)
         self.source = [of_frame(t, state("source", 0, t)) for t in times]
         self.target = [of_frame(t, state("target", 1, t)) for t in times]
         weight = torch.cat([of_frame(t, lambda one, arcs, n: one.weight[arcs].astype(np.float64)) for t in times])
-        self.cell = torch.cat(
-            [of_frame(t, lambda one, arcs, n, t=t: (n * FRAMES + t) * self.pdfs + one.pdf[arcs]) for t in times]
-        )
+        self.cell = torch.cat([of_frame(t, cell(t)) for t in times])
         self.value = [of_frame(t, lambda one, arcs, n: items[n][2][arcs]) for t in times]  # type: ignore[index]
         self.utterance = torch.cat([of_frame(t, lambda one, arcs, n: np.full(ARCS, n)) for t in times])
         self.final = torch.as_tensor(np.concatenate([one.final for one in lattices]), device=device)

@@ -7,7 +7,7 @@ that these are the most that a server can take. Rounds of all rows go in turn, s
 medians [least to most]. All is on the loopback interface, with Ray's token.
 
 - quadric: shards of `quadric.parallel.parameter_server` with averaged_sgd: the push is judged, checked to be finite,
-  applied, and its result averaged in float64.
+  applied, and its result averaged in float64; `every 10th`: as `averaged_sgd` has it with ``every=10``.
 - bare actor: ``w -= lr * g; return w`` in NumPy, in place: the transport, and the least that a server can do.
 - gloo: an all-reduce of two processes that have nothing else to do, in all-reduces a second; MB/s are of what each
   process hands over.
@@ -25,9 +25,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -39,6 +40,9 @@ from quadric.optim.averaged import averaged_sgd
 from quadric.parallel.cluster import Cluster
 from quadric.parallel.exchange import NO_UNIT, Push
 
+if TYPE_CHECKING:
+    from quadric.parallel.parameter_server import ParameterServer
+
 LAYERS = 10
 
 
@@ -48,8 +52,8 @@ def network(parameters: int) -> nn.Module:
     return nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(LAYERS)))
 
 
-def rule(part: nn.Module) -> torch.optim.Optimizer:
-    return averaged_sgd(part.parameters(), lr=1e-6)
+def rule(part: nn.Module, every: int = 1) -> torch.optim.Optimizer:
+    return averaged_sgd(part.parameters(), lr=1e-6, every=every)
 
 
 class Bare:
@@ -115,6 +119,11 @@ def all_reduce(rank: int, meeting: str, size: int, count: int) -> float:
         return count / (time.perf_counter() - start)
 
 
+def cpu(server: ParameterServer) -> float:
+    """Seconds that the shards have computed."""
+    return sum(count["cpu"] for count in server.counts())
+
+
 def gloo(size: int, count: int) -> float:
     with tempfile.TemporaryDirectory() as folder, get_context("spawn").Pool(2) as pool:
         meeting = f"file://{folder}/meeting"
@@ -129,19 +138,20 @@ def race(parameters: int, workers: int, chosen: argparse.Namespace, folder: Path
 
     model = network(parameters)
     size = sum(p.numel() for p in model.parameters())
+    variants = {f"quadric, {shards} shard{'s' * (shards > 1)}": (shards, 1) for shards in chosen.shards}
+    variants |= {f"quadric, 1 shard, every {every}th": (1, every) for every in chosen.every}
     servers = {}
-    for shards in chosen.shards:
-        name = f"{parameters}-{workers}-{shards}"
-        servers[shards] = ParameterServer(name, model, rule, folder=folder / name, shards=shards)
-    bare = ray.remote(Bare).options(num_cpus=0).remote(size)
+    for name, (shards, every) in variants.items():
+        unique = f"{parameters}-{workers}-{shards}-{every}"
+        averaging = partial(rule, every=every)
+        servers[name] = ParameterServer(unique, model, averaging, folder=folder / unique, shards=shards)
+    bare: Any = ray.remote(Bare).options(num_cpus=0).remote(size)
     pusher, bare_pusher = (ray.remote(each).options(num_cpus=0) for each in (Pusher, BarePusher))
     crews: dict[str, list[Any]] = {"bare actor": [bare_pusher.remote(bare, size) for _ in range(workers)]}
-    for shards, server in servers.items():
-        given = [pusher.remote(server.shards, server.sizes, number) for number in range(workers)]
-        crews[f"quadric, {shards} shard{'s' * (shards > 1)}"] = given
     processes: dict[str, Callable[[], float]] = {"bare actor": lambda: ray.get(bare.cpu.remote())}
-    for (name, _), server in zip(list(crews.items())[1:], servers.values(), strict=True):
-        processes[name] = lambda s=server: sum(count["cpu"] for count in s.counts())  # type: ignore[misc]
+    for name, server in servers.items():
+        crews[name] = [pusher.remote(server.shards, server.sizes, number) for number in range(workers)]
+        processes[name] = partial(cpu, server)
     for crew in crews.values():
         ray.get([worker.push.remote(2) for worker in crew])
     pushes = max(4, chosen.megabytes * 10**6 // (8 * size * workers))
@@ -172,12 +182,16 @@ def main() -> None:
     parser.add_argument("--parameters", type=int, nargs="+", default=[1_000_000, 10_000_000])
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--shards", type=int, nargs="+", default=[1, 2])
+    parser.add_argument(
+        "--every", type=int, nargs="*", default=[10], help="iterates between those averaged (default: 10)"
+    )
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--megabytes", type=int, default=1600, help="of a round, there and back (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="also write the rows there")
     chosen = parser.parse_args()
-    if min(*chosen.parameters, *chosen.workers, *chosen.shards, chosen.rounds, chosen.megabytes) < 1:
-        sys.exit("--parameters, --workers, --shards, --rounds and --megabytes: give positive numbers")
+    lists = (*chosen.parameters, *chosen.workers, *chosen.shards, *chosen.every)
+    if min(*lists, chosen.rounds, chosen.megabytes) < 1:
+        sys.exit("--parameters, --workers, --shards, --every, --rounds and --megabytes: give positive numbers")
     columns = ("parameters", "server", "workers", "pushes/s", "MB/s", "of bare", "server CPU", "staleness")
     table = Table(columns, chosen.json)
     with tempfile.TemporaryDirectory() as folder:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,7 @@ def compare(model: nn.Module, images: Tensor, damping: float, pairs: tuple[Pair,
     found: dict[str, tuple[list[float], float]] = {}
     for name, preconditioner in PRECONDITIONERS.items():
         build = preconditioner.operator if preconditioner is not None else lambda *_: None
-        seconds, M = _seconds(lambda build=build: build(made, local, pairs, damping))
+        seconds, M = _seconds(partial(build, made, local, pairs, damping))
         points = ConjugateGradient(ITERATIONS, FixedIterations(ITERATIONS)).iterates(damped, -local.gradient, M=M)
         values = [point.model for point in points if isinstance(point, Iterate)]
         found[name] = values, seconds / product if preconditioner is not None else 0.0

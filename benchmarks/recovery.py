@@ -245,8 +245,9 @@ def kinds(chosen: argparse.Namespace, table: Table) -> None:
                     else:
                         actions = {"worker": kill_worker, "stopped worker": stop_worker, "shard": kill_shard}
                         found.append(actions[kind](driver, shards))
-                row = {"kind": kind, **{what: [each[what] for each in found] for what in found[0]}}
-                table.add(row, [kind, str(len(found)), *(spread(row.get(w)) for w in ("gap", "back", "lost"))])
+                values = {what: [each[what] for each in found] for what in found[0]}
+                shown = [spread(values.get(what)) for what in ("gap", "back", "lost")]
+                table.add({"kind": kind, **values}, [kind, str(len(found)), *shown])
         finally:
             driver.process.kill()
             cluster.leave()

@@ -42,6 +42,7 @@ from compression import made
 from frames import Speech, add_speech_options, load_speech
 from parameter_server import Pusher, rule
 from quadric.loss.loss import CrossEntropy
+from quadric.model.acoustic import AcousticModel
 from quadric.objective.objective import Objective
 from quadric.optim.averaged import averaged_sgd
 from quadric.parallel.cluster import Cluster
@@ -319,7 +320,7 @@ def averaged(part: nn.Module, lr: float) -> torch.optim.Optimizer:
 
 
 def ended(
-    model: nn.Module, speech: Speech, trace: Trace, units: Units, lr: float, bounds: Bounds
+    model: AcousticModel, speech: Speech, trace: Trace, units: Units, lr: float, bounds: Bounds
 ) -> dict[str, dict[str, float]]:
     """Held-out scores at the last parameters and at the average."""
     space = ParameterSpace(model)

@@ -50,17 +50,19 @@ from quadric.optim.search import BestIterate, Step, Value
 from quadric.optim.second_order import nghf
 from quadric.progress import silent
 from quadric.train.console import bar
+from quadric.train.criterion import Matrix
 from quadric.train.pipeline import run
 from quadric.train.prepare import Prepared, prepare
 from quadric.train.recipe import Job
 from quadric.train.sequence import compete, targets
+from quadric.train.sources import Split
 from quadric.train.stages import Stages
 from quadric.train.system import System
 from quadric.train.trainer import evaluate
 from quadric.train.training import only
 
 ITERATIONS, PRODUCTS = 8, 8
-KINDS = ("same_frame", "surrogate", "lattice")
+KINDS: tuple[Matrix, ...] = ("same_frame", "surrogate", "lattice")
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Material:
         model.load_state_dict(self.system.model.state_dict())
         return model
 
-    def stream(self, model: AcousticModel, split: str, communicator: Communicator) -> FrameStream:
+    def stream(self, model: AcousticModel, split: Split, communicator: Communicator) -> FrameStream:
         wanted = self.train if split == "train" else self.dev
         return FrameStream(
             only(self.prepared.features[split], wanted),
@@ -90,7 +92,7 @@ class Material:
         )
 
 
-def material(chosen: argparse.Namespace, kind: str = "same_frame") -> Material:
+def material(chosen: argparse.Namespace, kind: Matrix = "same_frame") -> Material:
     """All that ``run`` left in the working folder, read again."""
     job = _job(chosen)
     options = job.sequence
@@ -178,7 +180,7 @@ def draw(model: AcousticModel, loss: SequenceLoss, stream: FrameStream, chosen: 
     )
 
 
-def steps(chosen: argparse.Namespace, kind: str) -> dict[str, Any]:
+def steps(chosen: argparse.Namespace, kind: Matrix) -> dict[str, Any]:
     """Steps with one matrix in output space."""
     given = material(chosen, kind)
     model = given.model()
@@ -211,7 +213,7 @@ def steps(chosen: argparse.Namespace, kind: str) -> dict[str, Any]:
     }
 
 
-def iteration(chosen: argparse.Namespace, kind: str) -> dict[str, float]:
+def iteration(chosen: argparse.Namespace, kind: Matrix) -> dict[str, float]:
     """Products for themselves, and what of them and of making them ready is sums over lattices."""
     given = material(chosen, kind)
     model = given.model().train()
@@ -309,13 +311,13 @@ def main() -> None:
     print()
     table = Table(("ranks", "gradient, s", "speed-up", "product, s", "speed-up"), None)
     tables.append(table)
-    alone: dict[str, Any] = {}
+    single: dict[str, Any] = {}
     for size in chosen.ranks:
         found = ranks(size, chosen)
-        alone = alone or found
+        single = single or found
         cells = [f"{size}"]
         for name in ("gradient", "product"):
-            cells += [f"{found[name]:.3f}", f"{alone[name] / found[name]:.2f}"]
+            cells += [f"{found[name]:.3f}", f"{single[name] / found[name]:.2f}"]
         table.add(found, cells)
     if chosen.json:
         names = ("steps", "candidates", "ranks")

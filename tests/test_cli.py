@@ -625,6 +625,7 @@ def test_decode_is_alone_where_it_writes(call: Call, corpus: Path, tmp_path: Pat
     with alone_in(tmp_path / "out"):
         message = call.refused("decode", tmp_path, corpus / "test", "--out", tmp_path / "out")
     assert message == f"--out {tmp_path / 'out'}: another job is at work there; wait for it, or use another folder"
+    assert (tmp_path / "out" / "log").read_text() == "", "the log is the other's"
 
 
 def test_damaged_files_are_named_with_the_remedy(call: Call, corpus: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ SEGMENTS = 24
 CHUNK = 64
 
 Array = Float[np.ndarray, "..."]
+Set = TypeVar("Set", bound="Images")
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Images:
     held_out: Float[Tensor, "M D"]
     logistic: bool = True
 
-    def to(self, device: torch.device) -> Images:
+    def to(self: Set, device: torch.device) -> Set:
         """The same, with the images on ``device``."""
         return replace(self, training=self.training.to(device), held_out=self.held_out.to(device))
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -288,7 +289,7 @@ class Worker:
 
     def _theirs(self) -> Flat:
         assert self._answers is not None
-        return torch.cat([torch.from_numpy(answer.theta.copy()) for answer in self._answers]).to(self.space.device)
+        return torch.from_numpy(np.concatenate([answer.theta for answer in self._answers])).to(self.space.device)
 
     def _load(self) -> None:
         assign(self.space, self._theirs())

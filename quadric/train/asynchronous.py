@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import nn
@@ -22,6 +22,16 @@ from quadric.train.rules import NONE_OR_NOT_NEGATIVE, NONE_OR_POSITIVE, NOT_NEGA
 
 Sending = Literal["gradients", "elastic", "outer"]
 Compression = Literal["none", "adacomp", "scalecom", "powersgd", "float16", "bfloat16"]
+
+_SERVES = {
+    "alpha": ("sends", ("elastic",)),
+    "outer_lr": ("sends", ("outer",)),
+    "outer_momentum": ("sends", ("outer",)),
+    "whole": ("compression", get_args(Compression)[1:]),
+    "share": ("compression", ("scalecom",)),
+    "rank": ("compression", ("powersgd",)),
+}
+"""Options that have an effect with some values of another alone."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +87,11 @@ class Asynchronous:
                 raise ValueError(
                     f"{name}={value}: elastic averaging draws both sides alike, by all of it; leave it out"
                 )
+        for name, (other, values) in _SERVES.items():
+            value, given = getattr(self, name), getattr(self, other)
+            if value != getattr(type(self), name) and given not in values:
+                remedy = f"leave it out, or give {other}={'|'.join(values)}"
+                raise ValueError(f"{name}={value} has no effect with {other}={given}: {remedy}")
 
     def strategy(self, method: Method, minibatches: int) -> Strategy:
         """What a worker does."""

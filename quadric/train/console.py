@@ -13,6 +13,7 @@ from typing import TypeVar
 from tqdm import tqdm
 
 from quadric.files import writing_to
+from quadric.train.stages import Held
 
 T = TypeVar("T")
 
@@ -72,7 +73,7 @@ class _File(logging.FileHandler):
 def logged(file: Path) -> Iterator[None]:
     """While inside: everything to ``file``, what a person should know to the terminal.
 
-    Where an exception leaves, ``file`` tells where it was raised.
+    Where an exception leaves, ``file`` tells where it was raised; not where the log is that of another job at work.
 
     Raises:
         OSError: ``file`` cannot be written; the message names the remedy.
@@ -90,6 +91,8 @@ def logged(file: Path) -> Iterator[None]:
         root.addHandler(handler)
     try:
         yield
+    except Held:
+        raise
     except Exception:
         root.debug("an exception ends the work", exc_info=True)
         raise

@@ -50,13 +50,17 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
+class Held(ValueError):
+    """Another process is at work in a folder, whose files, the log among them, are its own."""
+
+
 @contextmanager
 def alone_in(work: Path, argument: str = "work") -> Iterator[None]:
     """Holds the working folder: two jobs at once would write into each other's files.
 
     Raises:
         Unwritable: the folder cannot be made or written.
-        ValueError: another process holds it; the message names it as ``argument``.
+        Held: another process holds it; the message names it as ``argument``.
     """
     with writing_to(work):
         work.mkdir(parents=True, exist_ok=True)
@@ -65,9 +69,7 @@ def alone_in(work: Path, argument: str = "work") -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(
-                f"{argument}={work}: another job is at work there; wait for it, or use another folder"
-            ) from None
+            raise Held(f"{argument}={work}: another job is at work there; wait for it, or use another folder") from None
         yield
 
 

@@ -123,6 +123,12 @@ def test_what_is_sent_decides_who_steps_by_what() -> None:
         ({"sends": "elastic", "clip": 1.0}, "clip=1.0: elastic averaging draws both sides alike"),
         ({"sends": "elastic", "scaled": True}, "scaled=True: elastic averaging draws both sides alike"),
         ({"sends": "elastic", "compression": "adacomp"}, "compression=adacomp: elastic averaging draws both"),
+        ({"alpha": 0.3}, "alpha=0.3 has no effect with sends=gradients: leave it out, or give sends=elastic$"),
+        ({"outer_lr": 0.3}, "outer_lr=0.3 has no effect with sends=gradients: .* sends=outer$"),
+        ({"sends": "elastic", "outer_momentum": 0.3}, "outer_momentum=0.3 has no effect with sends=elastic"),
+        ({"whole": 10}, r"whole=10 has no effect with compression=none: .* compression=adacomp\|scalecom\|powersgd"),
+        ({"compression": "adacomp", "share": 0.1}, "share=0.1 has no effect with compression=adacomp"),
+        ({"compression": "scalecom", "rank": 2}, "rank=2 has no effect with compression=scalecom"),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], sentence: str) -> None:
