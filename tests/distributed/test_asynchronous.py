@@ -10,17 +10,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-if find_spec("ray") is None:  # which is not imported here: quadric does, asking for tokens
-    pytest.skip("asynchronous training needs ray: pip install 'quadric[async]'", allow_module_level=True)
+from engine import TESTS, environment
 
-TESTS = Path(__file__).resolve().parents[1]
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
 
 Told = dict[str, Any]
@@ -29,14 +26,12 @@ Told = dict[str, Any]
 class Job:
     """A process of `reference.asynchronous_job`, and what it has said so far."""
 
-    def __init__(self, folder: Path, environment: dict[str, str] | None = None, **options: Any) -> None:
+    def __init__(self, folder: Path, **options: Any) -> None:
         script = TESTS / "reference" / "asynchronous_job.py"
         self.folder, self.said, self._rest = folder, list[Told](), ""
-        path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         self.process = subprocess.Popen(
             [sys.executable, str(script), str(folder), json.dumps(options)],
-            env={**clean, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **(environment or {})},
+            env=environment(),
             stdout=subprocess.PIPE,
             stderr=(folder.parent / "stderr").open("ab"),
             text=True,
@@ -210,8 +205,8 @@ def only_with_the_token(job: Job) -> None:
     script += "print(welcomes(sys.argv[1], dict(os.environ)))"
     command = [sys.executable, "-c", script, about["address"]]
     for wanted, code in (("refused", "0" * 64), ("let in", token.read_text())):
-        environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": code}
-        ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, cwd=TESTS.parent)
+        given = environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=code)
+        ran = subprocess.run(command, env=given, capture_output=True, text=True, check=True)
         assert ran.stdout.splitlines()[-1] == wanted
 
 
@@ -278,8 +273,8 @@ def test_a_cluster_is_refused_without_a_token(tmp_path: Path, monkeypatch: pytes
 def test_the_command_line_trains_a_recipe(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "quadric", "train", "autoencoder", "images=curves", "--async", "--workers", "2"]
     command += ["averaged.lr=0.001", "averaged.epochs=0.2", "evaluations=1", "asynchronous.compression=bfloat16"]
-    environment = {**os.environ, "PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
-    given = {"env": environment, "capture_output": True, "text": True, "cwd": tmp_path}
+    command += ["asynchronous.warm=2", "asynchronous.staleness=50", "asynchronous.clip=1e6"]
+    given = {"env": environment(), "capture_output": True, "text": True, "cwd": tmp_path}
     ran = subprocess.run(command, **given, check=False)
     assert ran.returncode == 0, ran.stderr
     assert "averaged_sgd: training loss" in ran.stdout and (tmp_path / "exp/autoencoder-curves/report.html").is_file()

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-if find_spec("ray") is None:
-    pytest.skip("asynchronous training needs ray: pip install 'quadric[async]'", allow_module_level=True)
+from engine import environment
 
-TESTS = Path(__file__).resolve().parents[1]
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
 
 JOIN = """
@@ -48,11 +44,9 @@ def cluster(tmp_path: Path) -> Iterator[tuple[str, str]]:
         command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={port}"]
         command += ["--node-ip-address=127.0.0.1", "--num-cpus=1", "--object-store-memory=100000000"]
         command += ["--include-dashboard=false", "--disable-usage-stats", f"--temp-dir={place}"]
-        loopback = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+        given = environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token, RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0")
         with (tmp_path / "ray.log").open("wb") as log:
-            head = subprocess.Popen(
-                command, env=environment(token) | loopback, stdout=log, stderr=log, start_new_session=True
-            )
+            head = subprocess.Popen(command, env=given, stdout=log, stderr=log, start_new_session=True)
         try:
             yield f"127.0.0.1:{port}", token
         finally:
@@ -60,14 +54,9 @@ def cluster(tmp_path: Path) -> Iterator[tuple[str, str]]:
             head.wait(60)
 
 
-def environment(token: str) -> dict[str, str]:
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    return {**clean, "PYTHONPATH": str(TESTS.parent), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
-
-
 def joined(tmp_path: Path, address: str, token: str) -> list[str]:
     command = [sys.executable, "-c", JOIN, str(tmp_path / "ray"), address]
-    given = environment(token) | {"RAY_ADDRESS": address}
+    given = environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token, RAY_ADDRESS=address)
     ran = subprocess.run(command, env=given, capture_output=True, text=True, timeout=200, check=False)
     assert ran.returncode == 0, ran.stderr
     return ran.stdout.splitlines()

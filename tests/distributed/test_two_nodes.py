@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import shutil
 import subprocess
 import sys
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-if find_spec("ray") is None:
-    pytest.skip("asynchronous training needs ray: pip install 'quadric[async]'", allow_module_level=True)
+from engine import TESTS, environment
 
-TESTS = Path(__file__).resolve().parents[1]
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
 
 SCRIPT = r"""
@@ -55,16 +51,10 @@ def test_a_worker_joins_when_its_node_does(tmp_path: Path) -> None:
     options = json.dumps({"shards": 2, "rows": 20_000, "seconds": 0.02})
     temp = tempfile.mkdtemp(prefix="quadric-")  # sockets want a short path
     given = {"python": sys.executable, "temp": temp, "job": job, "folder": folder, "options": options}
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment = {
-        **clean,
-        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-    }
+    secured = environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     # The namespace of processes ends with its first one, and all Ray with it.
     command = ["unshare", "-rnpf", "--mount-proc", "bash", "-c", SCRIPT.format(**given)]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    ran = subprocess.run(command, env=secured, capture_output=True, text=True, timeout=500, check=False)
     shutil.rmtree(temp, ignore_errors=True)
     assert ran.returncode == 0, f"{ran.stdout[-2000:]}\n{ran.stderr[-2000:]}"
     said = [json.loads(line) for line in Path(f"{folder}.out").read_text().splitlines() if line.startswith("{")]

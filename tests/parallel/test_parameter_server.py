@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import zlib
-from importlib.util import find_spec
 
-import pytest
 from torch import nn
 
-if find_spec("ray") is None:  # which is not imported here: quadric does, asking for tokens
-    pytest.skip("asynchronous training needs ray: pip install 'quadric[async]'", allow_module_level=True)
+import engine  # noqa: F401 (skips where there is no Ray)
 
 
 def test_a_part_travels_without_its_numbers() -> None:
