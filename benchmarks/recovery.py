@@ -47,6 +47,7 @@ from quadric.parallel.units import Units
 FEATURES, CLASSES, ROWS, BATCH = 64, 16, 40_000, 16
 SHARDS, WORKERS = 2, 2
 NAME = "recovery"
+KINDS = ("worker", "stopped worker", "shard", "driver")
 
 
 class Slow(CrossEntropy):
@@ -190,7 +191,7 @@ def stop_worker(driver: Driver, shards: Sequence[Any]) -> dict[str, float]:
 def kill_shard(driver: Driver, shards: Sequence[Any]) -> dict[str, float]:
     import ray
 
-    before, lost = clocks(shards)[1], driver.told[-1]["lost"]
+    before, lost, told = clocks(shards)[1], driver.told[-1]["lost"], len(driver.told)
     start = time.monotonic()
     os.kill(before["pid"], signal.SIGKILL)
     restored: int | None = None
@@ -203,7 +204,7 @@ def kill_shard(driver: Driver, shards: Sequence[Any]) -> dict[str, float]:
                     break
         time.sleep(0.01)
     seconds = time.monotonic() - start
-    driver.until(lambda: driver.told[-1].get("lost", 0) > lost or "was started again" in str(driver.told[-20:]), 30)
+    driver.until(lambda: "shard 1 was started again" in str(driver.told[told:]))
     return {"back": seconds, "lost": driver.told[-1]["lost"] - lost}
 
 
@@ -233,7 +234,7 @@ def kinds(chosen: argparse.Namespace, table: Table) -> None:
         try:
             driver.until(driver.busy)
             shards = [ray.get_actor(f"{NAME}-{number}") for number in range(SHARDS)]
-            for kind in ("worker", "stopped worker", "shard", "driver"):
+            for kind in chosen.kinds:
                 found: list[dict[str, float]] = []
                 for _ in range(chosen.kills):
                     since = len(driver.told)
@@ -291,6 +292,7 @@ def spread(values: Sequence[float] | None) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS, help="(default: all)")
     parser.add_argument("--kills", type=int, default=8, help="of each kind (default: %(default)s)")
     parser.add_argument("--parameters", type=int, default=1_000_000)
     parser.add_argument("--units", type=int, default=3000, help="of data in the whole trainings (default: %(default)s)")

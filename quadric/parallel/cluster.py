@@ -145,7 +145,7 @@ def _start(folder: Path, cpus: int, memory: int | None) -> str:
 
 def _awaited(folder: Path, head: subprocess.Popen[bytes]) -> Mapping[str, Any]:
     deadline = time.monotonic() + START_SECONDS
-    while (about := _running(folder)) is None:
+    while (about := _running(folder)) is None or about["pid"] != head.pid:  # one that nobody waits for may come first
         if head.poll() is not None or time.monotonic() > deadline:
             raise RuntimeError(f"Ray did not start: {folder / 'ray.log'} says why")
         time.sleep(0.05)
@@ -178,7 +178,7 @@ def _end(folder: Path) -> None:
         deadline = time.monotonic() + 20
         while _running(folder) is not None and time.monotonic() < deadline:
             time.sleep(0.05)
-        _kill_session(about["pid"])
+        _kill_session(about["pid"], about["place"])
     _clear(folder)
     for name in (_TOKEN, _ALIVE):
         (folder / name).unlink(missing_ok=True)
@@ -188,20 +188,26 @@ def _clear(folder: Path) -> None:
     """Removes what is known of a Ray, and what one that was killed has left, processes included."""
     with suppress(FileNotFoundError, ValueError, KeyError):
         about = json.loads((folder / _ABOUT).read_text())
-        _kill_session(about["pid"])
+        _kill_session(about["pid"], about["place"])
         place = Path(about["place"])
         if place.name.startswith(_PREFIX):
             shutil.rmtree(place, ignore_errors=True)
     (folder / _ABOUT).unlink(missing_ok=True)
 
 
-def _kill_session(leader: int) -> None:
-    """Ends what a Ray has left, such as a worker that is stopped: all are in the session of its first process."""
+def _kill_session(leader: int, place: str | None = None) -> None:
+    """Ends what a Ray has left, such as a worker that is stopped: all are in the session of its first process.
+
+    Its number may since be another's: those are ended that have files open in ``place``, where Ray's logs are. None: it is a child of this process.
+    """
     for entry in Path("/proc").iterdir():
         with suppress(ValueError, OSError):
-            command = (entry / "cmdline").read_text()
-            if os.getsid(int(entry.name)) == leader and ("ray" in command or _ARGUMENT in command):
+            if os.getsid(int(entry.name)) == leader and (place is None or _writes_in(entry, place)):
                 os.kill(int(entry.name), signal.SIGKILL)
+
+
+def _writes_in(process: Path, place: str) -> bool:
+    return any(os.readlink(link).startswith(place) for link in (process / "fd").iterdir())
 
 
 def _check_token(address: str) -> None:

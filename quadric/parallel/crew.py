@@ -93,7 +93,7 @@ class Crew:
         self._saved = time.monotonic()
         self._saving: list[Any] = []
         self._longest = 0.0
-        self._heard = self._hired = time.monotonic()
+        self._heard = self._told_of_silence = self._hired = time.monotonic()
         self._told_of_room = False
         self.lost = 0
         for hand in self.hands.values():
@@ -117,15 +117,16 @@ class Crew:
             self._deal()
             reports = self._collect(news)
             if reports:
-                self._heard = time.monotonic()
-            elif time.monotonic() - self._heard > SILENT_SECONDS:
+                self._heard = self._told_of_silence = time.monotonic()
+            elif time.monotonic() - self._told_of_silence > SILENT_SECONDS:
                 news.append(f"no worker has reported for {SILENT_SECONDS:.0f} s, they or the shards may be stopped")
-                self._heard = time.monotonic()
+                self._told_of_silence = time.monotonic()
             news += self._absent()
             news += self._save()
             since = time.monotonic()
             yield Tick(reports, news)
-            self._heard += time.monotonic() - since  # nobody was listening
+            away = time.monotonic() - since  # nobody was listening
+            self._heard, self._told_of_silence = self._heard + away, self._told_of_silence + away
 
     def buffers(self) -> list[Tensor]:
         """The mean of the running statistics of the models of the workers that have told theirs lately.
@@ -170,7 +171,8 @@ class Crew:
         self._incarnation += 1
 
     def deal_ahead(self, seconds: float) -> None:
-        """Gives the workers what they can do while nobody deals for so long."""
+        """Gives the workers what they can do while nobody deals for so long; the shards save what they have."""
+        self._begin_to_save()
         self._deal(leases=2 + math.ceil(seconds / LEASE_SECONDS))
 
     def _deal(self, *, leases: int = 2) -> None:
@@ -194,14 +196,15 @@ class Crew:
         """The seconds after which a lease is overdue; before the first has ended nobody knows how long they take."""
         return max(OVERDUE_SECONDS, OVERDUE_LEASES * self._longest) if self._longest else SILENT_SECONDS
 
-    def _first(self, ready: Hand, now: float, overdue: float) -> Hand:
+    def _first(self, ready: Hand, now: float, overdue: float) -> Hand | None:
         """Who works alone: the worker that was the first to be there, while it lives and reports.
 
-        What it has not done is for the next.
+        What it has not done is for the next that has nothing to do, as those that have been the first before and hang
+        have not.
         """
         first = self._warming
         there = first is not None and first in self.hands.values() and not first.dropped
-        if first is None or not there or (ready is not first and now - self._heard > overdue):
+        if not ready.pending and (not there or (ready is not first and now - self._heard > overdue)):
             for number, hand in self.hands.items():
                 if hand is first:
                     self.ledger.release(number)
@@ -288,12 +291,16 @@ class Crew:
         ready, _ = ray.wait(self._saving, num_returns=len(self._saving), timeout=0) if self._saving else ([], [])
         if len(ready) < len(self._saving):
             return []
-        news = []
+        news, shards = [], len(self._server.shards)
         for number, saved in enumerate(self._saving):
             try:
                 got(saved)
             except (RuntimeError, ValueError, RayError) as error:
-                news.append(f"shard {number} cannot write its checkpoint, and will try again: {error}")
-        self._saving = [shard.save.remote() for shard in self._server.shards]
-        self._saved = time.monotonic()
+                news.append(f"shard {number % shards} cannot write its checkpoint, and will try again: {error}")
+        self._saving = []
+        self._begin_to_save()
         return news
+
+    def _begin_to_save(self) -> None:
+        self._saving += [shard.save.remote() for shard in self._server.shards]
+        self._saved = time.monotonic()

@@ -159,7 +159,8 @@ class Shard:
                 had not come.
         """
         self._check(push)
-        staleness = self.clock - push.clock if push.life == self.life else 0
+        # A life before has seen clocks that were turned back: what came after its checkpoint is here no more.
+        staleness = self.clock - (push.clock if push.life == self.life else min(push.clock, self._born))
         verdict = self._refused(push, staleness) or self._taken(push, staleness)
         self._verdicts[verdict.name] += 1
         return self.pull()._replace(verdict=verdict, staleness=staleness)
@@ -200,6 +201,7 @@ class Shard:
             if self._scheduler is not None:
                 self._scheduler.load_state_dict(state["scheduler"])
         self.clock, self.life, self.applied = state["clock"], state["life"] + 1, state["applied"]
+        self._born = self.clock
         self._last = {worker: (incarnation, sequence) for worker, incarnation, sequence in state["last"]}
         self._bad, self._verdicts = Counter(state["bad"]), Counter(state["verdicts"])
         self._staleness = Counter(state["staleness"])

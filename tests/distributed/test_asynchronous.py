@@ -176,10 +176,15 @@ def test_a_driver_is_killed_and_the_next_finds_the_server_and_is_stopped_and_the
     assert not alive(second.processes(), patience=10)
     assert not (job.folder / "ray" / "token").exists(), "the Ray of the first driver was not the second's"
 
-    gone = {"pid": second.process.pid, "place": str(job.folder / "quadric-gone"), "address": "127.0.0.1:1"}
-    (job.folder / "ray" / "ray.json").write_text(json.dumps(gone))  # as a Ray leaves it that has died
+    command = [sys.executable, "-c", "import time; time.sleep(600)", "ray"]
+    bystander = subprocess.Popen(command, start_new_session=True)
+    gone = {"pid": bystander.pid, "place": str(job.folder / "quadric-gone"), "address": "127.0.0.1:1"}
+    (job.folder / "ray" / "ray.json").write_text(json.dumps(gone))  # as a Ray leaves it that has died, long ago
     last = start(rows=12_000, seconds=0.0, norm=True)
     end = last.end()
+    assert bystander.poll() is None, "a process was killed that has the number of a Ray that has died"
+    bystander.kill()
+    bystander.wait()
     once_each(last, end)
     assert [count["life"] for count in last.counts] == [2]
     (mean, _, _), begun = second.said[-2]["statistics"], last.said[0]["statistics"]
@@ -237,17 +242,22 @@ def ancestors(pid: int) -> set[int]:
 
 
 def test_a_warm_start_whose_worker_is_stopped_goes_on_with_another(start: Callable[..., Job]) -> None:
-    """Of workers with parameters of their own."""
+    """Of workers with parameters of their own: the first is stopped in what it does first, the second later."""
     options = {"sends": "elastic", "every": 4, "optimizer": "SGD", "alpha": 0.3}
-    job = start(**options, workers=3, rows=8000, seconds=0.01, warm=60)
+    job = start(**options, workers=4, rows=8000, seconds=0.3, warm=60, silent=4.0)
+    told = job.until(lambda told: any(told.get("workers", {}).values()))
+    first = min(number for number, pid in told["workers"].items() if pid)
+    os.kill(told["workers"][first], signal.SIGSTOP)
     told = job.until(lambda told: told.get("reports"))
-    pid = told["workers"][str(told["reports"][0][0])]
-    os.kill(pid, signal.SIGSTOP)
+    second = str(told["reports"][0][0])
+    assert second != first and "no worker has reported for 4 s" in job.news()
+    os.kill(told["workers"][second], signal.SIGSTOP)
     job.hurry()
     end = job.end()
     once_each(job, end)
     by = [{w for told in job.said for w, unit, _ in told.get("reports", []) if (unit < 60) == warm} for warm in (1, 0)]
     assert len(by[0]) == 2 and len(by[1]) == 2, "one works alone, and after it all that are not stopped"
+    assert {int(first), int(second)}.isdisjoint(by[1]) and int(first) not in by[0]
     assert end["best"]["accuracy"] > 0.6
 
 

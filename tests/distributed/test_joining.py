@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -32,8 +33,8 @@ else:
 """
 
 
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[tuple[str, str]]:
+@contextmanager
+def cluster(tmp_path: Path, mode: str = "token") -> Iterator[tuple[str, str]]:
     """The address of a cluster on the loopback interface, and its token."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -44,7 +45,7 @@ def cluster(tmp_path: Path) -> Iterator[tuple[str, str]]:
         command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={port}"]
         command += ["--node-ip-address=127.0.0.1", "--num-cpus=1", "--object-store-memory=100000000"]
         command += ["--include-dashboard=false", "--disable-usage-stats", f"--temp-dir={place}"]
-        given = environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token, RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0")
+        given = environment(RAY_AUTH_MODE=mode, RAY_AUTH_TOKEN=token, RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0")
         with (tmp_path / "ray.log").open("wb") as log:
             head = subprocess.Popen(command, env=given, stdout=log, stderr=log, start_new_session=True)
         try:
@@ -62,15 +63,28 @@ def joined(tmp_path: Path, address: str, token: str) -> list[str]:
     return ran.stdout.splitlines()
 
 
-def test_a_cluster_on_loopback_is_joined_with_its_token_alone(cluster: tuple[str, str], tmp_path: Path) -> None:
-    address, token = cluster
-    for _ in range(30):  # until it is there
+def joined_at_last(tmp_path: Path, address: str, token: str) -> list[str]:
+    """The same, when the cluster is there."""
+    for _ in range(30):
         said = joined(tmp_path, address, token)
         if "not there" not in said[0]:
             break
-    assert said == ["joined False 7", "False True"]
-    (refused,) = joined(tmp_path, address, secrets.token_hex(32))
+    return said
+
+
+def test_a_cluster_on_loopback_is_joined_with_its_token_alone(tmp_path: Path) -> None:
+    with cluster(tmp_path) as (address, token):
+        assert joined_at_last(tmp_path, address, token) == ["joined False 7", "False True"]
+        (refused,) = joined(tmp_path, address, secrets.token_hex(32))
     assert refused.startswith(f"refused: RAY_ADDRESS={address}: the cluster refuses the token")
+
+
+def test_a_cluster_that_lets_in_strangers_is_refused(tmp_path: Path) -> None:
+    with cluster(tmp_path, "disabled") as (address, token):
+        (refused,) = joined_at_last(tmp_path, address, token)
+    assert refused.startswith(
+        f"refused: RAY_ADDRESS={address}: the cluster lets in strangers: start all its nodes with"
+    )
 
 
 def test_an_address_without_a_port_is_refused(tmp_path: Path) -> None:

@@ -121,13 +121,20 @@ def test_shards_of_another_training(tmp_path: Path) -> None:
         begin(part(torch.bfloat16), tmp_path / "nothing", units=UNITS)
 
 
-def test_pushes_of_a_former_life_are_of_no_age(tmp_path: Path) -> None:
-    """The clock that they name has been turned back since."""
-    first = shard(tmp_path, bounds=Bounds(staleness=0))
-    for number in range(3):
+def test_pushes_of_a_former_life_are_as_old_as_this_one_or_older(tmp_path: Path) -> None:
+    """A clock that they name may have been turned back since; pushes after that count in any case."""
+    first = shard(tmp_path, bounds=Bounds(staleness=2))
+    first.push(push(0, vector(0), of=first))
+    older = push(1, vector(1), worker=2, of=first)
+    first.push(push(1, vector(1), of=first))
+    first.save()
+    for number in range(2, 4):
         first.push(push(number, vector(number), of=first))
-    old = push(3, vector(3), of=first)
-    second = shard(tmp_path, bounds=Bounds(staleness=0))
+    old = push(4, vector(4), of=first)
+    second = shard(tmp_path, bounds=Bounds(staleness=2))
+    assert second.clock == 2
     second.push(push(0, vector(9), worker=1, of=second))
     answer = second.push(old)
-    assert answer.verdict is Verdict.APPLIED and answer.staleness == 0 and answer.life == 2
+    assert answer.verdict is Verdict.APPLIED and answer.staleness == 1 and answer.life == 2
+    answer = second.push(older)
+    assert answer.verdict is Verdict.STALE and answer.staleness == 3

@@ -3,7 +3,8 @@
 OPTIONS, in JSON, are those of `Asynchronous` and: ``seconds`` that a minibatch takes at least until there is
 a file FOLDER/../hurry, ``rows`` of data,
 ``bad`` rows at their beginning that are not finite, ``optimizer`` of torch instead of averaged SGD, ``norm`` for batch
-normalisation, and ``last_kill``: whether a shard is killed when its last push is applied.
+normalisation, ``last_kill``: whether a shard is killed when its last push is applied, and ``silent``: the seconds after
+which a person is told.
 """
 
 from __future__ import annotations
@@ -50,8 +51,11 @@ class Told(AsynchronousTrainer):
     """Prints its ticks."""
 
     last_kill = False
+    silent: float | None = None
 
     def _counted(self, crew: Any) -> Iterator[Any]:
+        if self.silent is not None:
+            sys.modules[type(crew).__module__].SILENT_SECONDS = self.silent  # type: ignore[attr-defined]
         for tick in super()._counted(crew):
             if self.last_kill and not crew.ledger.left:
                 self.last_kill = False
@@ -76,7 +80,7 @@ def main() -> None:
     asynchronous_trainer.LIVE_SECONDS = 0.5
     options = json.loads(sys.argv[2])
     seconds, rows, bad = options.pop("seconds", 0.01), options.pop("rows", 2000), options.pop("bad", 0)
-    norm, last_kill = options.pop("norm", False), options.pop("last_kill", False)
+    norm, last_kill, silent = (options.pop(name, None) for name in ("norm", "last_kill", "silent"))
     method: Method = AveragedSGDMethod(gradient_frames=10, lr=0.5)
     if optimizer := options.pop("optimizer", None):
         method = FirstOrder(epochs=1, gradient_frames=10, optimizer=getattr(torch.optim, optimizer), lr=0.01)
@@ -97,7 +101,7 @@ def main() -> None:
         Path(sys.argv[1]),
         evaluations=2,
     )
-    trainer.last_kill = last_kill
+    trainer.last_kill, trainer.silent = bool(last_kill), silent
     try:
         best = trainer.fit()
     except Interrupted as stop:
