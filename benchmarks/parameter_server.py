@@ -213,7 +213,13 @@ def main() -> None:
 def shown(row: dict[str, Any]) -> tuple[str, ...]:
     first = (f"{row['parameters']:,}", row["server"], str(row["workers"]), spread(row["rate"]))
     ratio = "-" if row["server"] == "bare actor" else f"{statistics.median(row['of_bare']):.2f}"
-    return (*first, f"{row['megabytes']:.0f}", ratio, f"{row['cpu']:.2f}", "-" if ratio == "-" else f"{row['staleness']:.1f}")
+    return (
+        *first,
+        f"{row['megabytes']:.0f}",
+        ratio,
+        f"{row['cpu']:.2f}",
+        "-" if ratio == "-" else f"{row['staleness']:.1f}",
+    )
 
 
 def spread(values: Sequence[float]) -> str:

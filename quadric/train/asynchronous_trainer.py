@@ -125,7 +125,10 @@ class AsynchronousTrainer:
                 checkpoint.save(self._state, self.folder / "driver.pt")
                 cluster = Cluster(self.folder / "ray", cpus=self.options.workers)
                 stack.callback(cluster.leave)
-                self._train(cluster, stack, progress, what)
+                self._train(cluster, progress, what)
+                checkpoint.save(
+                    self._state, self.folder / "driver.pt"
+                )  # done: no server is left that anybody could want
         with reading(self.folder):
             return checkpoint.load(self.folder / "model.pt")
 
@@ -143,34 +146,35 @@ class AsynchronousTrainer:
         """After `fit`: the model has the last parameters, of which ``model.pt`` may hold earlier ones."""
         return nullcontext()
 
-    def _train(self, cluster: Cluster, stack: ExitStack, progress: Progress, what: str) -> None:
-        self._give_buffers(self._state["buffers"])
-        server = self._server()
-        stack.callback(_where, cluster, server.stop)
-        crew = self._crew(server, cluster)
-        stack.callback(_where, cluster, crew.end)
-        self._tell_lost(len(self.units) - crew.ledger.left)
-        live = _Live(what, sum(server.sizes), len(self.units))
-        if not self._metrics.records():
-            self._look(server, crew, live)
-        with stop_requests() as stop:
-            units = self._settled(server, crew, cluster, live, stop)
-            try:
-                for _ in progress(units, total=crew.ledger.left, what=what):
-                    pass
-            except Exception:
-                with suppress(Exception):  # what went wrong is what counts
-                    cluster.check()
-                    self._save(server, crew)
-                raise
-        if self._state["done"]:
-            return
-        self._save(server, crew)
-        done = len(self.units) - crew.ledger.left
-        raise Interrupted(
-            f"stopped after push {done} of {len(self.units)}, saved in {self.folder}: "
-            "the same command goes on from there"
-        )
+    def _train(self, cluster: Cluster, progress: Progress, what: str) -> None:
+        """Trains to the end; the server and the workers have ended then."""
+        with ExitStack() as running:
+            self._give_buffers(self._state["buffers"])
+            server = self._server()
+            running.callback(_where, cluster, server.stop)
+            crew = self._crew(server, cluster)
+            running.callback(_where, cluster, crew.end)
+            self._tell_lost(len(self.units) - crew.ledger.left)
+            live = _Live(what, sum(server.sizes), len(self.units))
+            if not self._metrics.records():
+                self._look(server, crew, live)
+            with stop_requests() as stop:
+                units = self._settled(server, crew, cluster, live, stop)
+                try:
+                    for _ in progress(units, total=crew.ledger.left, what=what):
+                        pass
+                except Exception:
+                    with suppress(Exception):  # what went wrong is what counts
+                        cluster.check()
+                        self._save(server, crew)
+                    raise
+            if not self._state["done"]:
+                self._save(server, crew)
+                done = len(self.units) - crew.ledger.left
+                raise Interrupted(
+                    f"stopped after push {done} of {len(self.units)}, saved in {self.folder}: "
+                    "the same command goes on from there"
+                )
 
     def _settled(
         self, server: ParameterServer, crew: Crew, cluster: Cluster, live: _Live, stop: threading.Event
@@ -199,7 +203,6 @@ class AsynchronousTrainer:
             self._look(server, crew, live)
         self._tell_counts(server, crew)
         self._state |= {"done": True, "model": self.model.state_dict()}
-        checkpoint.save(self._state, self.folder / "driver.pt")
 
     def _counted(self, crew: Crew) -> Iterator[Tick]:
         """The ticks, their seconds added up."""
