@@ -198,8 +198,8 @@ def _clear(folder: Path) -> None:
 def _kill_session(leader: int, place: str | None = None) -> None:
     """Ends what a Ray has left, such as a worker that is stopped: all are in the session of its first process.
 
-    Its number may since be another's: only those are ended that have files open in ``place``, where Ray's logs are. None:
-    it is a child of this process.
+    Its number may since be another's: only those are ended that have files open in ``place``, where Ray's logs are.
+    None: it is a child of this process.
     """
     for entry in Path("/proc").iterdir():
         with suppress(ValueError, OSError):
