@@ -27,8 +27,8 @@ from reference.trainings import Trained
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(120)]
 
 
-def vector(trained: Trained) -> Tensor:
-    return torch.frombuffer(bytearray(trained.parameters), dtype=torch.float32)
+def vector(trained: Trained, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.frombuffer(bytearray(trained.parameters), dtype=dtype)
 
 
 def records(folder: Path) -> list[dict]:
@@ -64,15 +64,16 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tup
 @pytest.mark.parametrize("method", trainings.METHODS)
 @pytest.mark.parametrize("size", [2, 3])
 def test_ranks_train_as_one_does(size: int, method: str, tmp_path: Path) -> None:
-    alone = trainings.trains_alone(tmp_path / "alone", method)
+    alone = trainings.trains_alone(tmp_path / "alone", method, precise=True)
     start = time.monotonic()
-    results = run(tmp_path, size, trainings.trains, tmp_path / "shared", method)
+    results = run(tmp_path, size, functools.partial(trainings.trains, precise=True), tmp_path / "shared", method)
     assert together.load(tmp_path / "shared" / "state", Solo())["seconds"] < time.monotonic() - start
     assert sum(result.judged for result in results) == alone.judged > max(result.judged for result in results)
     for result in results:
         assert result[:4] == results[0][:4]  # to the bit
     assert results[0].updates == alone.updates
-    torch.testing.assert_close(vector(results[0]), vector(alone), rtol=0, atol=1e-6)
+    found, expected = (vector(each, torch.float64) for each in (results[0], alone))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
     assert results[0].scores == pytest.approx(alone.scores, rel=1e-6)
     check_close(records(tmp_path / "shared"), records(tmp_path / "alone"))
     assert results[0].best < 0.8 * records(tmp_path / "alone")[0]["dev_loss"]

@@ -73,10 +73,25 @@ class Normalised(nn.Module):
         return self.norm(x.flatten(0, -2)).view_as(x)
 
 
+class Precisely(nn.Module):
+    """Has what follows compute in float64: there a rounding does not change which iterate or step a search takes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.double()
+
+
 def trainer(
-    communicator: Communicator, folder: Path, method: str, *, normalise: bool = False, lr: float | None = None
+    communicator: Communicator,
+    folder: Path,
+    method: str,
+    *,
+    normalise: bool = False,
+    precise: bool = False,
+    lr: float | None = None,
 ) -> Trainer:
     model = network()
+    if precise:
+        model = nn.Sequential(Precisely(), *model).double()
     if normalise:
         model[0] = nn.Sequential(model[0], Normalised())
     build, plan = (METHODS | SPECIAL)[method]
@@ -125,8 +140,8 @@ def _writes(event: str, args: tuple[Any, ...], folder: Path) -> bool:
     return event == "open" and str(args[0]).startswith(str(folder)) and bool(args[2] & (os.O_WRONLY | os.O_RDWR))
 
 
-def trains_alone(folder: Path, method: str) -> Trained:
-    return trains(Solo(), folder, method)
+def trains_alone(folder: Path, method: str, **options: Any) -> Trained:
+    return trains(Solo(), folder, method, **options)
 
 
 def terminate() -> None:
