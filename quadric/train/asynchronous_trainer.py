@@ -123,6 +123,7 @@ class AsynchronousTrainer:
                 from quadric.parallel.cluster import Cluster
 
                 checkpoint.save(self._state, self.folder / "driver.pt")
+                logger.info("%s: the server and %d workers start", self.method.name, self.options.workers)
                 cluster = Cluster(self.folder / "ray", cpus=self.options.workers)
                 stack.callback(cluster.leave)
                 self._train(cluster, progress, what)

@@ -161,7 +161,7 @@ def test_whoever_is_killed_or_stopped_nobody_waits_and_every_unit_counts_once(
 
 
 def test_a_driver_is_killed_and_the_next_finds_the_server_and_is_stopped_and_the_last_goes_on(
-    start: Callable[..., Job], alive: Callable[..., set[int]]
+    start: Callable[..., Job], alive: Callable[..., set[int]], request: pytest.FixtureRequest
 ) -> None:
     job = start(rows=12_000, seconds=0.02, norm=True)
     job.underway()
@@ -178,13 +178,12 @@ def test_a_driver_is_killed_and_the_next_finds_the_server_and_is_stopped_and_the
 
     command = [sys.executable, "-c", "import time; time.sleep(600)", "ray"]
     bystander = subprocess.Popen(command, start_new_session=True)
+    request.addfinalizer(bystander.kill)
     gone = {"pid": bystander.pid, "place": str(job.folder / "quadric-gone"), "address": "127.0.0.1:1"}
     (job.folder / "ray" / "ray.json").write_text(json.dumps(gone))  # as a Ray leaves it that has died, long ago
     last = start(rows=12_000, seconds=0.0, norm=True)
     end = last.end()
     assert bystander.poll() is None, "a process was killed that has the number of a Ray that has died"
-    bystander.kill()
-    bystander.wait()
     once_each(last, end)
     assert [count["life"] for count in last.counts] == [2]
     (mean, _, _), begun = second.said[-2]["statistics"], last.said[0]["statistics"]
@@ -261,12 +260,16 @@ def test_a_warm_start_whose_worker_is_stopped_goes_on_with_another(start: Callab
     assert end["best"]["accuracy"] > 0.6
 
 
-def test_a_ray_that_has_died_is_told(start: Callable[..., Job]) -> None:
-    job = start(seconds=0.02, rows=20_000)
+def test_a_ray_that_has_died_is_told_and_what_is_lost_with_it_is_done_again(start: Callable[..., Job]) -> None:
+    job = start(seconds=0.02, rows=20_000, shards=2)
     job.underway(units=150)  # more than a second's: a driver tells of some, and keeps that it has
     os.kill(json.loads((job.folder / "ray" / "ray.json").read_text())["pid"], signal.SIGKILL)
     assert "the Ray of this training has ended" in job.end()["error"]
-    assert torch.load(job.folder / "driver.pt")["told"] > 0, "the next driver cannot say what was lost"
+    told = torch.load(job.folder / "driver.pt")["told"]
+    second = start(seconds=0.0, rows=20_000, shards=2)
+    end = second.end()
+    once_each(second, end)
+    assert 0 < end["lost"] <= told
 
 
 def test_a_cluster_is_refused_without_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
