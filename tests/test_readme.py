@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +31,13 @@ def test_the_examples_run_in_order_and_do_what_they_say(capsys: pytest.CaptureFi
 @pytest.mark.slow
 def test_the_asynchronous_example_trains(tmp_path: Path) -> None:
     """In a process of its own, as Ray would stay in this one."""
-    if find_spec("ray") is None:
-        pytest.skip("asynchronous training needs ray: pip install 'quadric[async]'")
+    from engine import environment  # which skips where there is no Ray
+
     first, (example,) = blocks("python")[0], blocks("python async")
     text = f"{first}\n{example}\nprint('right:', float((model(inputs).argmax(1) == target).float().mean()))\n"
     (tmp_path / "example.py").write_text(text)
-    environment = {**os.environ, "PYTHONPATH": str(README.parent)}
     command = [sys.executable, "example.py"]
-    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    ran = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     *units, right = ran.stdout.splitlines()
     assert sorted(int(line.split()[0]) for line in units) == list(range(20))

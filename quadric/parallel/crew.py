@@ -171,8 +171,9 @@ class Crew:
         self._incarnation += 1
 
     def deal_ahead(self, seconds: float) -> None:
-        """Gives the workers what they can do while nobody deals for so long; the shards save what they have."""
-        self._begin_to_save()
+        """Gives the workers what they can do while nobody deals for so long; shards save if that is due meanwhile."""
+        if time.monotonic() + seconds - self._saved > SAVE_SECONDS:
+            self._begin_to_save()
         self._deal(leases=2 + math.ceil(seconds / LEASE_SECONDS))
 
     def _deal(self, *, leases: int = 2) -> None:

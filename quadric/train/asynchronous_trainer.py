@@ -127,9 +127,8 @@ class AsynchronousTrainer:
                 cluster = Cluster(self.folder / "ray", cpus=self.options.workers)
                 stack.callback(cluster.leave)
                 self._train(cluster, progress, what)
-                checkpoint.save(
-                    self._state, self.folder / "driver.pt"
-                )  # done: no server is left that anybody could want
+                # It says that all is done, and no server is left that anybody could want.
+                checkpoint.save(self._state, self.folder / "driver.pt")
         with reading(self.folder):
             return checkpoint.load(self.folder / "model.pt")
 
